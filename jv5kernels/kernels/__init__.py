@@ -1,0 +1,1 @@
+"""Triton kernels, one file an operator. Importing one imports Triton: the operators do so on first use."""

@@ -1,0 +1,5 @@
+"""The operators: packed (ragged) tensors in, one call each, several implementations behind `impl=`."""
+
+from jv5kernels.ops.rms_norm import add_rms_norm, rms_norm
+
+__all__ = ["add_rms_norm", "rms_norm"]

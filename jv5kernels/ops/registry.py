@@ -1,0 +1,183 @@
+"""How an operator is defined, registered with torch and dispatched to one of its implementations.
+
+Every operator is one `Operator`: a schema in the ``jv5kernels`` namespace of ``torch.ops``, a fake
+implementation that gives shapes and dtypes (so that torch.compile and torch.export see through it),
+and named implementations. ``impl="auto"`` takes the first usable one of a short ordered list per
+device; any other value is an order that is carried out or refused with reasons.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("jv5kernels", "DEF")
+
+# Every operator by name, for `jv5kernels info` and for tests that visit them all.
+OPERATORS: dict[str, Operator] = {}
+
+Reason = str | None
+
+
+def no_objection(*_: Any) -> Reason:
+    """The check of an implementation that takes whatever the operator takes."""
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator.
+
+    Args:
+        run: takes the schema's arguments in order, without the last one (`impl`).
+        unavailable: device -> why this machine cannot run it there, or None.
+        unsupported: the same arguments as `run` -> why it cannot compute these, or None.
+    """
+
+    run: Callable[..., Any]
+    unavailable: Callable[[torch.device], Reason] = no_objection
+    unsupported: Callable[..., Reason] = no_objection
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A torch operator with several implementations.
+
+    Args:
+        name: name in ``torch.ops.jv5kernels``.
+        schema: torch schema without the name; its last argument is ``str impl``.
+        implementations: name -> implementation.
+        auto: device type -> names that ``impl="auto"`` tries, in order.
+        fake: the schema's arguments -> empty outputs of the right shape and dtype.
+    """
+
+    name: str
+    schema: str
+    implementations: Mapping[str, Implementation]
+    auto: Mapping[str, Sequence[str]]
+    fake: Callable[..., Any] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        tags = (torch.Tag.needs_exact_strides,)
+        LIBRARY.define(self.name + self.schema, tags=tags)
+        LIBRARY.impl(self.name, self._dispatch, "CPU")
+        LIBRARY.impl(self.name, self._dispatch, "CUDA")
+        torch.library.register_fake(f"jv5kernels::{self.name}", self.fake, lib=LIBRARY)
+        OPERATORS[self.name] = self
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Calls the operator through torch's dispatcher; arguments as in the schema."""
+        if torch.is_grad_enabled():
+            self._refuse_gradients(arguments)
+        return getattr(torch.ops.jv5kernels, self.name)(*arguments)
+
+    def _refuse_gradients(self, arguments: Sequence[Any]) -> None:
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                raise ValueError(
+                    f"jv5kernels.ops.{self.name} computes no gradients, but an input requires them: "
+                    "call it under torch.no_grad() or torch.inference_mode(), or detach the input"
+                )
+
+    def _dispatch(self, *arguments: Any) -> Any:
+        *inputs, impl = arguments
+        device = next(a.device for a in inputs if isinstance(a, torch.Tensor))
+        return self.choose(impl, device, inputs).run(*inputs)
+
+    def choose(
+        self, impl: str, device: torch.device, inputs: Sequence[Any] | None = None
+    ) -> Implementation:
+        """The implementation that `impl` means on a device, for given inputs when they are known.
+
+        Raises:
+            ValueError: `impl` is unknown, or cannot run here (with the reasons).
+        """
+        return self.implementations[self.choose_name(impl, device, inputs)]
+
+    def choose_name(
+        self, impl: str, device: torch.device, inputs: Sequence[Any] | None = None
+    ) -> str:
+        """Like `choose`, but the implementation's name."""
+        if impl == "auto":
+            impl = os.environ.get("JV5_IMPL", "auto")
+            if impl not in self.implementations:
+                impl = "auto"
+        if impl == "auto":
+            candidates: Sequence[str] = self.auto.get(device.type, ())
+        elif impl in self.implementations:
+            candidates = (impl,)
+        else:
+            raise ValueError(
+                f"impl={impl!r} is no implementation of {self.name}: "
+                f"choose 'auto' or one of {sorted(self.implementations)}"
+            )
+        reasons = []
+        for name in candidates:
+            reason = self.reason_against(name, device, inputs)
+            if reason is None:
+                return name
+            reasons.append(f"{name}: {reason}")
+        raise ValueError(
+            f"{self.name} with impl={impl!r} cannot run on {device.type}: "
+            + ("; ".join(reasons) or "no implementation for this device")
+        )
+
+    def reason_against(
+        self, name: str, device: torch.device, inputs: Sequence[Any] | None = None
+    ) -> Reason:
+        """Why implementation `name` cannot be used on `device` (for `inputs`), or None when it can."""
+        implementation = self.implementations[name]
+        reason = implementation.unavailable(device)
+        if reason is None and inputs is not None:
+            reason = implementation.unsupported(*inputs)
+        return reason
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (environment variable TRITON_INTERPRET)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_unavailable(device: torch.device) -> Reason:
+    """Why our Triton kernels cannot run on a device, or None."""
+    if find_triton() is None:
+        return "the package triton is not installed"
+    if triton_interpreted():
+        return None
+    if device.type != "cuda":
+        return "needs a CUDA device (or TRITON_INTERPRET=1)"
+    return _capability_reason(device.index or 0)
+
+
+@lru_cache
+def find_triton() -> Any:
+    """The import spec of triton, or None; triton itself is not imported."""
+    return find_spec("triton")
+
+
+@lru_cache
+def _capability_reason(index: int) -> Reason:
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"needs compute capability 8.0 or later, this GPU has {major}.{minor}"
+    return None
+
+
+@lru_cache
+def _native_module_reason() -> Reason:
+    if find_spec("jv5kernels._C") is None:
+        return "the extension jv5kernels._C was not built (install with a C++ compiler)"
+    return None
+
+
+def cpp_unavailable(device: torch.device) -> Reason:
+    """Why the C++ kernels of jv5kernels._C cannot run on a device, or None."""
+    if device.type != "cpu":
+        return "runs on CPU tensors only"
+    return _native_module_reason()

@@ -1,0 +1,142 @@
+"""RMSNorm over the last dimension, alone or together with the residual addition before it.
+
+y = x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich, arXiv 1910.07467). All arithmetic is in
+fp32 with one rounding at the end; Transformers rounds once more, before it multiplies by the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jv5kernels.ops.checks import FLOAT_DTYPES, REFERENCE_DTYPES, check_tensor
+from jv5kernels.ops.registry import Implementation, Operator, Reason, triton_unavailable
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Tensor:
+    """Returns the RMSNorm of every row.
+
+    Args:
+        x: (T, C), float32, float16 or bfloat16 (float64 with impl="torch"); rows may be strided.
+        weight: (C,), any of these dtypes.
+        eps: added to the mean square.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        (T, C), dtype of x, contiguous.
+
+    Raises:
+        TypeError: a dtype that is not allowed.
+        ValueError: shapes that do not fit, inputs that require gradients, an `impl` that cannot run here.
+
+    Example:
+        >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2), 0.0)
+        tensor([[0.8485, 1.1314]])
+    """
+    _check(x, weight)
+    return _rms_norm(x, weight, float(eps), impl)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Returns RMSNorm(x + residual) and the sum itself, in one pass.
+
+    The sum is taken in fp32 and normalised before it is rounded, so the normalised output does not
+    carry the rounding of the residual stream.
+
+    Args:
+        x: (T, C), float32, float16 or bfloat16 (float64 with impl="torch"); rows may be strided.
+        residual: (T, C), dtype of x.
+        weight: (C,), any of these dtypes.
+        eps: added to the mean square.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        (T, C) normalised and (T, C) sum, both in the dtype of x, contiguous.
+
+    Raises:
+        TypeError: a dtype that is not allowed.
+        ValueError: shapes that do not fit, inputs that require gradients, an `impl` that cannot run here.
+
+    Example:
+        >>> normed, total = add_rms_norm(torch.ones(1, 2), torch.ones(1, 2), torch.ones(2), 0.0)
+        >>> total
+        tensor([[2., 2.]])
+    """
+    _check(x, weight)
+    check_tensor("residual", residual, shape=tuple(x.shape), dtypes=(x.dtype,), device=x.device)
+    return _add_rms_norm(x, residual, weight, float(eps), impl)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    check_tensor("x", x, ndim=2, dtypes=REFERENCE_DTYPES)
+    check_tensor("weight", weight, shape=(x.shape[1],), dtypes=REFERENCE_DTYPES, device=x.device)
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _normed(total: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    inverse = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
+    return (total * inverse * weight.to(total.dtype)).to(dtype)
+
+
+def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _normed(x.to(_accumulation_dtype(x)), weight, eps, x.dtype)
+
+
+def _add_rms_norm_torch(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x.to(_accumulation_dtype(x)) + residual
+    return _normed(total, weight, eps, x.dtype), total.to(x.dtype)
+
+
+def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from jv5kernels.kernels.rms_norm import launch_rms_norm
+
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch_rms_norm(x, None, weight, eps, out, None)
+    return out
+
+
+def _add_rms_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    from jv5kernels.kernels.rms_norm import launch_rms_norm
+
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty_like(out)
+    launch_rms_norm(x, residual, weight, eps, out, total)
+    return out, total
+
+
+def _triton_unsupported(x: Tensor, *_: object) -> Reason:
+    if x.dtype not in FLOAT_DTYPES:
+        return f"the kernel takes float32, float16 and bfloat16, not {x.dtype}"
+    return None
+
+
+_rms_norm = Operator(
+    name="rms_norm",
+    schema="(Tensor x, Tensor weight, float eps, str impl) -> Tensor",
+    implementations={
+        "triton": Implementation(_rms_norm_triton, triton_unavailable, _triton_unsupported),
+        "torch": Implementation(_rms_norm_torch),
+    },
+    auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    fake=lambda x, weight, eps, impl: x.new_empty(x.shape),
+)
+
+_add_rms_norm = Operator(
+    name="add_rms_norm",
+    schema="(Tensor x, Tensor residual, Tensor weight, float eps, str impl) -> (Tensor, Tensor)",
+    implementations={
+        "triton": Implementation(_add_rms_norm_triton, triton_unavailable, _triton_unsupported),
+        "torch": Implementation(_add_rms_norm_torch),
+    },
+    auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    fake=lambda x, residual, weight, eps, impl: (x.new_empty(x.shape), x.new_empty(x.shape)),
+)
