@@ -1,0 +1,82 @@
+"""How much memory a model needs, and how many tokens fit: bytes = weights + fixed + per_token · tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from jv5kernels.backbone import MLP_CHUNK_TOKENS
+from jv5kernels.model_spec import ModelSpec
+
+# Room for library workspaces (cuBLAS takes 32 MiB on Hopper) and the token ids.
+WORKSPACE_BYTES = 64 << 20
+# Share of the free memory that a batch may plan with; the rest absorbs fragmentation.
+USABLE_SHARE = 0.8
+# Larger batches gain nothing: the projections of one batch of this size already fill the device.
+MAX_TOKENS = {"cuda": 32768, "cpu": 4096}
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """An upper bound of a model's memory in bytes as a function of the tokens in a batch.
+
+    Args:
+        weights: one task's weights, embedding table included.
+        fixed: workspaces, the rotary table, and the MLP's intermediate at its chunk size.
+        per_token: activations a token.
+    """
+
+    weights: int
+    fixed: int
+    per_token: int
+
+    def peak(self, tokens: int) -> int:
+        """Bytes for a batch of `tokens`."""
+        return self.weights + self.fixed + self.per_token * tokens
+
+    def tokens_in(self, free_bytes: int) -> int:
+        """Tokens whose activations fit into `free_bytes` beside weights that are already loaded; may be 0."""
+        return max(0, (free_bytes - self.fixed) // self.per_token)
+
+
+def memory_model(spec: ModelSpec, dtype: torch.dtype) -> MemoryModel:
+    """The memory model of an architecture in a compute dtype.
+
+    The bound follows the layer loop: around attention the residual stream, the block's input and output (3·C), the fused
+    projection and the attention output are alive; in the MLP the residual stream, input and output, and 3·F + C for one
+    chunk of tokens.
+
+    Example:
+        >>> memory_model(spec, torch.bfloat16).peak(32768)  # small: 1.9 GB
+    """
+    width = spec.hidden_size
+    attention = spec.q_width + spec.qkv_width
+    intermediate = width + 3 * spec.intermediate_size
+    linear = spec.num_layers * (
+        width * (spec.qkv_width + spec.q_width) + 3 * width * spec.intermediate_size
+    )
+    norms = spec.num_layers * (2 * width + 2 * spec.head_dim * spec.qk_norm) + width
+    rope = spec.max_position_embeddings * spec.head_dim * 4
+    return MemoryModel(
+        weights=(spec.vocab_size * width + linear + norms) * dtype.itemsize,
+        fixed=WORKSPACE_BYTES
+        + rope
+        + max(0, intermediate - attention) * MLP_CHUNK_TOKENS * dtype.itemsize,
+        per_token=(3 * width + attention) * dtype.itemsize + 3 * 4,
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process can still take on a CUDA device, what torch holds in reserve included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + reserve
+
+
+def default_token_budget(model: MemoryModel, device: torch.device) -> int:
+    """Tokens a batch when the caller names none: what fits into the free memory, at most MAX_TOKENS."""
+    limit = MAX_TOKENS.get(device.type, MAX_TOKENS["cpu"])
+    if device.type != "cuda":
+        return limit
+    return max(1, min(limit, model.tokens_in(int(USABLE_SHARE * free_bytes(device)))))
