@@ -1,5 +1,12 @@
 """The operators: packed (ragged) tensors in, one call each, several implementations behind `impl=`."""
 
+from jv5kernels.ops.embed_output import embed_output
+from jv5kernels.ops.pool import pool
 from jv5kernels.ops.rms_norm import add_rms_norm, rms_norm
 
-__all__ = ["add_rms_norm", "rms_norm"]
+__all__ = [
+    "add_rms_norm",
+    "embed_output",
+    "pool",
+    "rms_norm",
+]

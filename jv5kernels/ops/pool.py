@@ -1,0 +1,133 @@
+"""Pooling: one float32 row a sequence (its last token, its first token, the mean) or a span of tokens.
+
+Sums are taken in chunks of a constant number of tokens that start at the sequence's first token, and
+the chunks are added in a fixed order. So the bits of a sequence's mean do not depend on its batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jv5kernels.ops.checks import FLOAT_DTYPES, REFERENCE_DTYPES, check_cu_seqlens, check_tensor
+from jv5kernels.ops.registry import Implementation, Operator, Reason, triton_unavailable
+
+POOLING_MODES = ("lasttoken", "mean", "cls")
+
+
+def pool(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    mode: str,
+    *,
+    spans: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Returns one pooled row for every sequence, or the mean over every span.
+
+    Args:
+        hidden: (T, C), float32, float16 or bfloat16 (float64 with impl="torch"); rows may be strided.
+        cu_seqlens: (B+1,), int32; sequence i is rows cu_seqlens[i]:cu_seqlens[i+1].
+        mode: "lasttoken", "mean" or "cls" (the first token).
+        spans: (N, 2), int32, half-open ranges [start, end) of packed rows, in any order, overlapping
+            or not; needs mode="mean" and takes the place of the sequences.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        (B, C), or (N, C) with spans; float32 (float64 for a float64 input), contiguous. An empty
+        sequence or span gives a row of zeros: its length is known on the device alone.
+
+    Raises:
+        TypeError: a dtype that is not allowed.
+        ValueError: an unknown mode, shapes that do not fit, inputs that require gradients, an `impl`
+            that cannot run here.
+
+    Example:
+        >>> hidden = torch.tensor([[1.0], [3.0], [5.0]])
+        >>> pool(hidden, torch.tensor([0, 2, 3], dtype=torch.int32), "mean")
+        tensor([[2.],
+                [5.]])
+    """
+    check_tensor("hidden", hidden, ndim=2, dtypes=REFERENCE_DTYPES)
+    check_cu_seqlens(cu_seqlens, hidden.device)
+    check_pooling_mode(mode)
+    if spans is not None:
+        check_tensor("spans", spans, shape=(None, 2), dtypes=(torch.int32,), device=hidden.device)
+        if mode != "mean":
+            raise ValueError(f"spans are pooled with mode='mean' alone, not mode={mode!r}")
+    return _pool(hidden, cu_seqlens, mode, spans, impl)
+
+
+def check_pooling_mode(mode: str) -> None:
+    """Raises ValueError unless `mode` is one of POOLING_MODES."""
+    if mode not in POOLING_MODES:
+        raise ValueError(f"mode={mode!r} is unknown: choose one of {list(POOLING_MODES)}")
+
+
+def pooled_ranges(cu_seqlens: Tensor, mode: str, spans: Tensor | None) -> list[tuple[int, int]]:
+    """The rows [start, end) that each pooled row is the mean of; reads the lengths (a host sync)."""
+    if spans is not None:
+        return [(start, end) for start, end in spans.tolist()]
+    offsets = cu_seqlens.tolist()
+    ranges = list(zip(offsets[:-1], offsets[1:], strict=True))
+    if mode == "lasttoken":
+        return [(max(start, end - 1), end) for start, end in ranges]
+    if mode == "cls":
+        return [(start, min(start + 1, end)) for start, end in ranges]
+    return ranges
+
+
+def _pool_torch(hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: Tensor | None) -> Tensor:
+    ranges = pooled_ranges(cu_seqlens, mode, spans)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    out = hidden.new_zeros((len(ranges), hidden.shape[1]), dtype=dtype)
+    for row, (start, end) in enumerate(ranges):
+        if start < end:
+            out[row] = hidden[start:end].sum(0, dtype=dtype) / (end - start)
+    return out
+
+
+def _pool_triton(hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: Tensor | None) -> Tensor:
+    from jv5kernels.kernels.pool import launch_pool_mean, launch_pool_spans, launch_pool_token
+
+    rows = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
+    out = torch.empty((rows, hidden.shape[1]), dtype=torch.float32, device=hidden.device)
+    if spans is not None:
+        launch_pool_spans(hidden, spans, out)
+    elif mode == "mean":
+        launch_pool_mean(hidden, cu_seqlens, None, 0.0, partial_sums(hidden, cu_seqlens), out)
+    else:
+        launch_pool_token(hidden, cu_seqlens, mode == "lasttoken", out)
+    return out
+
+
+def partial_sums(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Uninitialised room for the sums of all chunks, for launch_pool_mean."""
+    from jv5kernels.kernels.pool import number_of_chunks
+
+    chunks = number_of_chunks(hidden.shape[0], cu_seqlens.shape[0] - 1)
+    return torch.empty((chunks, hidden.shape[1]), dtype=torch.float32, device=hidden.device)
+
+
+def _triton_unsupported(hidden: Tensor, *_: object) -> Reason:
+    if hidden.dtype not in FLOAT_DTYPES:
+        return f"the kernel takes float32, float16 and bfloat16, not {hidden.dtype}"
+    return None
+
+
+def _fake(hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: Tensor | None, impl: str) -> Tensor:
+    rows = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty((rows, hidden.shape[1]), dtype=dtype)
+
+
+_pool = Operator(
+    name="pool",
+    schema="(Tensor hidden, Tensor cu_seqlens, str mode, Tensor? spans, str impl) -> Tensor",
+    implementations={
+        "triton": Implementation(_pool_triton, triton_unavailable, _triton_unsupported),
+        "torch": Implementation(_pool_torch),
+    },
+    auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    fake=_fake,
+)
