@@ -248,13 +248,9 @@ class PackedBackbone:
 
     def _mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
         if x.shape[0] <= MLP_CHUNK_TOKENS:
-            return layer.down(
-                swiglu(layer.gate_up(x, self.batch_invariant)), self.batch_invariant
-            )
+            return layer.down(swiglu(layer.gate_up(x, self.batch_invariant)), self.batch_invariant)
         out = torch.empty_like(x)
-        for rows, chunk in zip(
-            out.split(MLP_CHUNK_TOKENS), x.split(MLP_CHUNK_TOKENS), strict=True
-        ):
+        for rows, chunk in zip(out.split(MLP_CHUNK_TOKENS), x.split(MLP_CHUNK_TOKENS), strict=True):
             rows.copy_(self._mlp(chunk, layer))
         return out
 

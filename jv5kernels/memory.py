@@ -43,9 +43,9 @@ class MemoryModel:
 def memory_model(spec: ModelSpec, dtype: torch.dtype) -> MemoryModel:
     """The memory model of an architecture in a compute dtype.
 
-    The bound follows the layer loop: around attention the residual stream, the block's input and output (3·C), the fused
-    projection and the attention output are alive; in the MLP the residual stream, input and output, and 3·F + C for one
-    chunk of tokens.
+    The bound follows the layer loop: around attention the residual stream, the block's input and output
+    (3·C), the fused projection and the attention output are alive; in the MLP the residual stream, input
+    and output, and 3·F + C for one chunk of tokens.
 
     Example:
         >>> memory_model(spec, torch.bfloat16).peak(32768)  # small: 1.9 GB

@@ -1,0 +1,382 @@
+"""FastEncoder: texts in, embeddings out. It puts the steps together; the mathematics is elsewhere.
+
+tokenization -> packing -> backbone -> output, each a module of its own; `pipeline` runs them in step over a corpus.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from jv5kernels.backbone import PackedBackbone
+from jv5kernels.backbones import CheckpointBackbones
+from jv5kernels.checkpoint import Checkpoint, open_checkpoint
+from jv5kernels.device import resolve_device, resolve_dtype
+from jv5kernels.memory import MemoryModel, default_token_budget, memory_model
+from jv5kernels.output import (
+    OutputFormat,
+    check_dim,
+    check_pooling,
+    check_precision,
+    check_ranges,
+)
+from jv5kernels.packing import PackedBatch
+from jv5kernels.pipeline import Limits, Pipeline, Statistics
+from jv5kernels.tokenization import Tokenization, resolve_prompt
+
+
+class FastEncoder:
+    """Encodes texts with a jina-embeddings-v5-text checkpoint, or any Qwen3 or EuroBERT embedding checkpoint.
+
+    Args:
+        model: a hub id, or a folder with the checkpoint's files.
+        task: adapter to use when a call names none (base repositories: "retrieval", "text-matching", "clustering",
+            "classification"); the call must name one if it is None.
+        revision, token, cache_dir, local_files_only: as in huggingface_hub; every file comes from the same revision.
+        device: default "cuda" where there is one, otherwise "cpu".
+        dtype: compute dtype; default bfloat16 on CUDA, float32 on the CPU.
+        attention: implementation of `ops.attention_varlen`: "auto", "triton", "sdpa", "flash_attn" or "torch".
+        max_seq_length: tokens a text, special tokens included; default the checkpoint's, at most its positions.
+        pooling: "lasttoken", "mean" or "cls"; default what the checkpoint states.
+        prompts: name -> text put before every input; default the checkpoint's.
+        truncate_dim: dimensions kept, before normalisation; default all.
+        precision: default precision of `encode`.
+        batch_invariant: bit-identical embeddings of a text whatever else is in the call. On CUDA this swaps the
+            library's matrix products for a fixed-configuration kernel; on a CPU every text runs alone.
+        token_budget: tokens a batch; default what fits into the free memory, at most 32768 on CUDA and 4096 on a CPU.
+        on_overlong: "truncate", or "error" to refuse texts longer than max_seq_length.
+
+    Raises:
+        FileNotFoundError: a file of the checkpoint is missing; the message names it.
+        TypeError, ValueError: an argument, or something in the checkpoint, that is not supported; named in the message.
+
+    Example:
+        >>> encoder = FastEncoder("jinaai/jina-embeddings-v5-text-small", task="retrieval")
+        >>> encoder.encode(["what is a kernel?"], prompt_name="query").shape
+        (1, 1024)
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        task: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        attention: str = "auto",
+        max_seq_length: int | None = None,
+        pooling: str | None = None,
+        prompts: Mapping[str, str] | None = None,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
+        batch_invariant: bool = False,
+        token_budget: int | None = None,
+        on_overlong: str = "truncate",
+    ) -> None:
+        if on_overlong not in ("truncate", "error"):
+            raise ValueError(f"on_overlong={on_overlong!r}: choose 'truncate' or 'error'")
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.checkpoint: Checkpoint = open_checkpoint(
+            model,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        self.spec = self.checkpoint.spec
+        self.tasks = self.checkpoint.tasks
+        self.task = self._check_task(task) if task is not None else None
+        self.pooling = check_pooling(pooling or self.checkpoint.pooling)
+        self.prompts = dict(self.checkpoint.prompts if prompts is None else prompts)
+        self.truncate_dim = truncate_dim
+        self._warn_about_dim(check_dim(truncate_dim, self.spec.hidden_size))
+        self.precision = check_precision(precision)
+        self.batch_invariant = batch_invariant
+        self.on_overlong = on_overlong
+        self.max_seq_length = self._check_length("max_seq_length", max_seq_length)
+        self.token_budget = token_budget
+        self.statistics = Statistics()
+        self._tokenization = Tokenization(self.checkpoint.tokenizer(), self.max_seq_length)
+        self._backbones = CheckpointBackbones(
+            self.checkpoint,
+            device=self.device,
+            dtype=self.dtype,
+            attention=attention,
+            batch_invariant=batch_invariant,
+        )
+        if self.task is not None or not self.tasks:
+            self._backbones.get(self.task)
+
+    # What code written for Sentence Transformers reaches for.
+
+    def encode(
+        self,
+        inputs: str | Sequence[str],
+        *,
+        task: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: str = "sentence_embedding",
+        precision: str | None = None,
+        ranges: np.ndarray | Tensor | None = None,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        normalize_embeddings: bool = True,
+        truncate_dim: int | None = None,
+        max_length: int | None = None,
+    ) -> Any:
+        """Returns the embeddings of one text or of a sequence of texts, in the order given.
+
+        Args:
+            inputs: one str, or a sequence of them. An empty or blank text gives the embedding of the bare prompt.
+            task: adapter, or one adapter a text; default the encoder's.
+            prompt_name: name of the prompt put before each text; default the checkpoint's default prompt.
+            prompt: the prompt itself; wins over `prompt_name`.
+            batch_size: most texts a batch; default none, the token budget decides.
+            show_progress_bar: show one on stderr.
+            output_value: "sentence_embedding", or "token_embeddings" for every token's final hidden state.
+            precision: "float32", "float16", "bfloat16", "int8", "uint8", "binary" or "ubinary".
+            ranges: (2, dim), minimum and maximum a dimension over a corpus; needed for int8 and uint8.
+            convert_to_numpy: return numpy arrays (bfloat16: torch tensors).
+            convert_to_tensor: return a torch tensor on the encoder's device; wins over `convert_to_numpy`.
+            normalize_embeddings: unit length (after slicing).
+            truncate_dim: dimensions kept; default the encoder's.
+            max_length: tokens a text in this call, at most max_seq_length.
+
+        Returns:
+            (N, dim) array, or (dim,) for a single str; int8 codes (N, dim), packed bits (N, ⌈dim/8⌉). A list of (dim,)
+            tensors when both conversions are off. For "token_embeddings" a list of (tokens, C) tensors.
+
+        Raises:
+            TypeError: an input that is not a str (its position and type are named; nothing is encoded).
+            ValueError: an unknown task, prompt, precision or dimension (the valid ones are listed); a text longer
+                than the limit with on_overlong="error".
+            torch.OutOfMemoryError: a single text does not fit into memory.
+            FloatingPointError: an embedding is not finite, also in fp32.
+
+        Example:
+            >>> encoder.encode(["first", "second"], task="retrieval", truncate_dim=256, precision="binary").shape
+            (2, 32)
+        """
+        single = isinstance(inputs, str)
+        texts = check_texts([inputs] if isinstance(inputs, str) else inputs)
+        tasks = self._tasks_of(task, len(texts))
+        prefix = resolve_prompt(
+            self.prompts, self.checkpoint.default_prompt_name, prompt_name, prompt
+        )
+        texts = [prefix + text for text in texts]
+        limits = self._limits(batch_size, max_length)
+        run = partial(self._run, texts, tasks, limits, show_progress_bar=bool(show_progress_bar))
+        if output_value == "token_embeddings":
+            tokens: dict[int, Tensor] = {}
+            run(
+                _embed_tokens,
+                lambda rows, found: tokens.update(zip(rows, found, strict=True)),
+                keep_on_device=True,
+            )
+            return tokens[0] if single else [tokens[i] for i in range(len(texts))]
+        if output_value != "sentence_embedding":
+            raise ValueError(
+                f"output_value={output_value!r}: choose 'sentence_embedding' or 'token_embeddings'"
+            )
+        output = self._output_format(precision, ranges, normalize_embeddings, truncate_dim)
+        device = self.device if convert_to_tensor else torch.device("cpu")
+        result = torch.empty(len(texts), output.width, dtype=output.dtype, device=device)
+
+        def store(rows: np.ndarray, values: Tensor) -> None:
+            result[torch.from_numpy(rows).to(device)] = values
+
+        run(partial(_embed, output), store, keep_on_device=convert_to_tensor)
+        if convert_to_tensor or output.dtype == torch.bfloat16:
+            return result[0] if single else result
+        if convert_to_numpy:
+            return result[0].numpy() if single else result.numpy()
+        return result[0] if single else list(result)
+
+    def encode_query(self, inputs: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the prompt "query", when there is one and no other is asked for."""
+        return self.encode(inputs, **self._with_prompt(("query",), options))
+
+    def encode_document(self, inputs: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the prompt "document" (or "passage", "corpus"), when there is one and no other is asked for."""
+        return self.encode(inputs, **self._with_prompt(("document", "passage", "corpus"), options))
+
+    def similarity(self, a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> Tensor:
+        """Returns cosine similarities, (N, M) float32, of embeddings (N, dim) and (M, dim)."""
+        x, y = (
+            torch.nn.functional.normalize(torch.as_tensor(e).float().view(-1, e.shape[-1]), dim=-1)
+            for e in (a, b)
+        )
+        return x @ y.to(x.device).T
+
+    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[np.ndarray]:
+        """Returns the token ids that `encode` would use, one int32 array a text; no prompt unless given."""
+        return self._tokenization.encode([prompt + text for text in check_texts(texts)]).ids
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """Dimensions of an embedding (before bits are packed)."""
+        return check_dim(self.truncate_dim, self.spec.hidden_size)
+
+    def memory_model(self) -> MemoryModel:
+        """Bytes = weights + fixed + per_token · tokens, an upper bound for this model and dtype."""
+        return memory_model(self.spec, self.dtype)
+
+    # Arguments.
+
+    def _check_task(self, task: str) -> str:
+        if task in self.tasks:
+            return task
+        if not self.tasks:
+            raise ValueError(
+                f"task={task!r}: this checkpoint has no adapters, its weights serve one task; leave task out"
+            )
+        raise ValueError(f"task={task!r} is unknown: choose one of {list(self.tasks)}")
+
+    def _tasks_of(self, task: str | Sequence[str] | None, count: int) -> list[str | None]:
+        """The adapter of every text."""
+        if task is None:
+            task = self.task
+        if task is None and self.tasks:
+            raise ValueError(
+                f"task is needed for this checkpoint: choose one of {list(self.tasks)}"
+            )
+        if task is None or isinstance(task, str):
+            return [self._check_task(task) if task is not None else None] * count
+        if len(task) != count:
+            raise ValueError(f"task has {len(task)} entries for {count} texts")
+        return [self._check_task(name) for name in task]
+
+    def _check_length(self, name: str, length: int | None) -> int:
+        positions = self.spec.max_position_embeddings
+        if length is None:
+            return min(self.checkpoint.max_seq_length, positions)
+        if not 1 <= length <= positions:
+            raise ValueError(
+                f"{name}={length} is out of range: this model has {positions} positions"
+            )
+        return length
+
+    def _limits(self, batch_size: int | None, max_length: int | None) -> Limits:
+        if self.batch_invariant and self.device.type == "cpu":
+            batch_size = 1
+        budget = self.token_budget
+        if budget is None:
+            budget = default_token_budget(self.memory_model(), self.device)
+        if max_length is None:
+            max_length = self.max_seq_length
+        return Limits(
+            self._check_length("max_length", max_length), budget, batch_size, self.on_overlong
+        )
+
+    def _output_format(
+        self,
+        precision: str | None,
+        ranges: np.ndarray | Tensor | None,
+        normalize: bool,
+        truncate_dim: int | None,
+    ) -> OutputFormat:
+        precision = self.precision if precision is None else check_precision(precision)
+        dim = check_dim(
+            self.truncate_dim if truncate_dim is None else truncate_dim, self.spec.hidden_size
+        )
+        self._warn_about_dim(dim)
+        return OutputFormat(
+            self.pooling, dim, normalize, precision, check_ranges(ranges, precision, dim)
+        )
+
+    def _warn_about_dim(self, dim: int) -> None:
+        trained = self.checkpoint.matryoshka_dims
+        if trained and dim != self.spec.hidden_size and dim not in trained:
+            warnings.warn(
+                f"truncate_dim={dim} is not among the dimensions this model was trained for: {list(trained)}",
+                stacklevel=3,
+            )
+
+    def _with_prompt(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+        name = next((name for name in names if name in self.prompts), None)
+        if name is None or options.get("prompt_name") or options.get("prompt") is not None:
+            return options
+        return {**options, "prompt_name": name}
+
+    # Runs.
+
+    def _run(
+        self,
+        texts: Sequence[str],
+        tasks: Sequence[str | None],
+        limits: Limits,
+        step: Callable[[PackedBackbone, PackedBatch], tuple[Any, Tensor]],
+        store: Callable[[np.ndarray, Any], None],
+        *,
+        show_progress_bar: bool,
+        keep_on_device: bool,
+    ) -> None:
+        """Runs the texts of every task in turn through `step`; warns once about texts that were cut."""
+        truncated = 0
+        with (
+            torch.inference_mode(),
+            tqdm(total=len(texts), unit="text", disable=not show_progress_bar) as bar,
+        ):
+            for task in dict.fromkeys(tasks):
+                rows = np.flatnonzero([t == task for t in tasks])
+                pipeline = Pipeline(
+                    self._tokenization,
+                    self.device,
+                    partial(step, self._backbones.get(task)),
+                    lambda batch, task=task: step(self._backbones.in_float32(task), batch),
+                    store,
+                    limits=limits,
+                    statistics=self.statistics,
+                    keep_on_device=keep_on_device,
+                    progress=bar.update,
+                )
+                truncated += pipeline.run([texts[row] for row in rows], rows)
+        if truncated:
+            warnings.warn(
+                f"{truncated} of {len(texts)} texts were longer than {limits.max_length} tokens and were cut",
+                stacklevel=4,
+            )
+
+
+def _embed(
+    output: OutputFormat, backbone: PackedBackbone, batch: PackedBatch
+) -> tuple[Tensor, Tensor]:
+    """One batch from token ids to embeddings."""
+    hidden, cu_seqlens = backbone.forward_pooled(batch, output.pooling)
+    return output.apply(hidden, cu_seqlens, backbone.norm_weight, backbone.spec.rms_norm_eps)
+
+
+def _embed_tokens(
+    backbone: PackedBackbone, batch: PackedBatch
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """One batch from token ids to every token's final hidden state, split by text, and flags as in `_embed`."""
+    hidden = backbone.forward(batch)
+    ends = torch.cat([batch.cu_seqlens.new_zeros(1), (~hidden.isfinite()).any(1).cumsum(0)])
+    bad = ends[batch.cu_seqlens.long()].diff() > 0
+    return hidden.split(batch.cu_seqlens.diff().tolist()), bad.to(torch.uint8)
+
+
+def check_texts(texts: Sequence[str]) -> list[str]:
+    """The texts as a list; TypeError naming position and type of the first that is not a str."""
+    if not isinstance(texts, Sequence) and not hasattr(texts, "__iter__"):
+        raise TypeError(f"inputs must be a str or a sequence of str, not {type(texts).__name__}")
+    texts = list(texts)
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"inputs[{position}] must be a str, not {type(text).__name__}")
+    return texts

@@ -1,0 +1,255 @@
+"""The run of a corpus: tokenising ahead, packing, computing and copying out, each in step with the others.
+
+While the device computes batch n, a thread tokenises the texts of later batches and the results of batch n-1 are
+copied to the host. Texts are taken longest first (by characters, which is known without tokenising), so batches are
+filled with neighbours in length and the batch that needs the most memory comes first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jv5kernels.packing import PackedBatch, pack, plan_batches, split
+from jv5kernels.tokenization import Tokenization
+
+# Characters that are tokenised at once: about a quarter of a million tokens, so that the first batch starts soon
+# and a thread stays well ahead of the device.
+WINDOW_CHARACTERS = 1 << 20
+# Batches whose results may still be on their way to the host.
+IN_FLIGHT = 2
+
+# A batch's values are a tensor (B, width), or one tensor a text that stays on the device.
+Values = Tensor | tuple[Tensor, ...]
+BatchFunction = Callable[[PackedBatch], tuple[Values, Tensor]]
+
+
+@dataclass
+class Statistics:
+    """Running counts of an encoder: what it has done since it was made.
+
+    Args:
+        texts, tokens: encoded so far.
+        truncated: texts that were longer than the limit.
+        recomputed_rows: embeddings that came out with NaN or Inf and were computed again in fp32.
+        batch_splits: batches that did not fit into memory and were cut in two.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    recomputed_rows: int = 0
+    batch_splits: int = 0
+    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
+
+    def add(self, **counts: int) -> None:
+        """Adds to several counts at once; safe between threads."""
+        with self._lock:
+            for name, count in counts.items():
+                setattr(self, name, getattr(self, name) + count)
+
+    def to_dict(self) -> dict[str, int]:
+        with self._lock:
+            return {f.name: getattr(self, f.name) for f in fields(self) if f.name[0] != "_"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a batch and a text may hold.
+
+    Args:
+        max_length: tokens a text, special tokens included.
+        token_budget: tokens a batch.
+        max_rows: texts a batch, or None.
+        on_overlong: "truncate", or "error" to refuse texts beyond max_length.
+    """
+
+    max_length: int
+    token_budget: int
+    max_rows: int | None = None
+    on_overlong: str = "truncate"
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """Results of one batch on their way to the host."""
+
+    rows: np.ndarray
+    values: Values
+    flags: Tensor
+    done: torch.cuda.Event | None
+
+
+class Pipeline:
+    """Runs texts through `compute` and hands every finished row to `store`.
+
+    Args:
+        compute: batch -> (values, (B,) uint8 flags of rows with NaN or Inf), on the device.
+        recompute: the same in fp32, for rows that were flagged.
+        store: (rows (B,), values) -> None; called in the order of completion.
+        keep_on_device: whether values stay on the device.
+        progress: called with the number of texts that a finished batch held.
+    """
+
+    def __init__(
+        self,
+        tokenization: Tokenization,
+        device: torch.device,
+        compute: BatchFunction,
+        recompute: BatchFunction,
+        store: Callable[[np.ndarray, Any], None],
+        *,
+        limits: Limits,
+        statistics: Statistics,
+        keep_on_device: bool = False,
+        progress: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        self.tokenization = tokenization
+        self.device = device
+        self.compute = compute
+        self.recompute = recompute
+        self.store = store
+        self.limits = limits
+        self.statistics = statistics
+        self.keep_on_device = keep_on_device
+        self.progress = progress
+        self._ids: dict[int, np.ndarray] = {}
+        self._in_flight: deque[_InFlight] = deque()
+
+    def run(self, texts: Sequence[str], rows: np.ndarray) -> int:
+        """Encodes ``texts[i]`` as row ``rows[i]``; returns how many of them were truncated."""
+        truncated = 0
+        for batch, cut in self._batches(texts, rows):
+            truncated += cut
+            self._run_batch(batch)
+        while self._in_flight:
+            self._finish()
+        return truncated
+
+    def _batches(self, texts: Sequence[str], rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        """Batches of rows, each with the number of texts cut since the one before."""
+        windows = _windows(texts)
+        pending: np.ndarray = np.zeros(0, dtype=np.int64)
+        with ThreadPoolExecutor(1, thread_name_prefix="jv5-tokenize") as thread:
+            following = thread.submit(self._tokenize, texts, rows, windows[0]) if windows else None
+            for index in range(len(windows)):
+                assert following is not None
+                ids, cut = following.result()
+                if index + 1 < len(windows):
+                    following = thread.submit(self._tokenize, texts, rows, windows[index + 1])
+                self._ids.update(ids)
+                pending = np.concatenate(
+                    [pending, np.fromiter(ids, dtype=np.int64, count=len(ids))]
+                )
+                batches = self._plan(pending)
+                if index + 1 < len(windows):
+                    # The last batch may be part filled: it waits for the texts of the next window.
+                    pending = batches.pop()
+                for batch in batches:
+                    yield batch, cut
+                    cut = 0
+
+    def _plan(self, rows: np.ndarray) -> list[np.ndarray]:
+        lengths = np.fromiter(
+            (len(self._ids[row]) for row in rows), dtype=np.int64, count=len(rows)
+        )
+        plan = plan_batches(lengths, self.limits.token_budget, self.limits.max_rows)
+        return [rows[batch] for batch in plan]
+
+    def _tokenize(
+        self, texts: Sequence[str], rows: np.ndarray, window: np.ndarray
+    ) -> tuple[dict[int, np.ndarray], int]:
+        chosen = [texts[i] for i in window]
+        tokenized = self.tokenization.encode(chosen, max_length=self.limits.max_length)
+        cut = np.flatnonzero(tokenized.truncated)
+        if len(cut) and self.limits.on_overlong == "error":
+            raise ValueError(
+                f"text {int(rows[window[cut[0]]])} is longer than max_seq_length={self.limits.max_length} "
+                "tokens and on_overlong='error'; 'truncate' would cut it"
+            )
+        ids = dict(zip((int(rows[i]) for i in window), tokenized.ids, strict=True))
+        tokens = sum(map(len, tokenized.ids))
+        self.statistics.add(texts=len(ids), tokens=tokens, truncated=len(cut))
+        return ids, len(cut)
+
+    def _run_batch(self, rows: np.ndarray) -> None:
+        """Computes a batch; one that does not fit into memory is cut in two until it does."""
+        sequences = [self._ids[int(row)] for row in rows]
+        order = np.arange(len(rows))
+        try:
+            values, flags = self.compute(pack(sequences, order, self.device))
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        else:
+            self._send(rows, values, flags)
+            return
+        # Outside the except block, so that the failed run's tensors are no longer held by its traceback.
+        torch.cuda.empty_cache()
+        lengths = np.array([len(ids) for ids in sequences])
+        if len(rows) == 1:
+            raise torch.OutOfMemoryError(
+                f"text {int(rows[0])} with {lengths[0]} tokens does not fit into the memory of {self.device} "
+                f"even alone; a smaller max_seq_length would cut it. ({reason})"
+            )
+        self.statistics.add(batch_splits=1)
+        for half in split(order, lengths):
+            self._run_batch(rows[half])
+
+    def _send(self, rows: np.ndarray, values: Values, flags: Tensor) -> None:
+        done = None
+        if self.device.type == "cuda":
+            flags = flags.to("cpu", non_blocking=True)
+            if not self.keep_on_device and isinstance(values, Tensor):
+                values = values.to("cpu", non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self.device))
+        self._in_flight.append(_InFlight(rows, values, flags, done))
+        while len(self._in_flight) > IN_FLIGHT:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Waits for the oldest batch in flight, mends rows that are not finite, and stores it."""
+        batch = self._in_flight.popleft()
+        if batch.done is not None:
+            batch.done.synchronize()
+        values: Any = batch.values
+        bad = np.flatnonzero(batch.flags.cpu().numpy())
+        if len(bad):
+            values = values.clone() if isinstance(values, Tensor) else list(values)
+            for index in bad:
+                values[index] = self._mend(int(batch.rows[index])).to(values[index].device)
+        self.store(batch.rows, values)
+        for row in batch.rows:
+            del self._ids[int(row)]
+        self.progress(len(batch.rows))
+
+    def _mend(self, row: int) -> Tensor:
+        """Computes one row again in fp32.
+
+        Raises:
+            FloatingPointError: it is not finite in fp32 either.
+        """
+        values, flags = self.recompute(pack([self._ids[row]], np.zeros(1, np.int64), self.device))
+        if bool(flags[0]):
+            raise FloatingPointError(
+                f"the embedding of text {row} holds NaN or Inf, also when computed in float32: "
+                "the weights or the text's activations overflow"
+            )
+        self.statistics.add(recomputed_rows=1)
+        return values[0]
+
+
+def _windows(texts: Sequence[str]) -> list[np.ndarray]:
+    """Indices of the texts, longest first by characters, cut into windows of WINDOW_CHARACTERS."""
+    characters = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+    order = np.argsort(-characters, kind="stable")
+    window = np.cumsum(characters[order] + 1) // WINDOW_CHARACTERS
+    return np.split(order, np.flatnonzero(np.diff(window)) + 1) if len(order) else []
