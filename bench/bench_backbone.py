@@ -1,0 +1,134 @@
+"""Whole backbones at the real geometry in bf16: ours against Transformers sdpa, and the peak memory at full context.
+
+    python bench/bench_backbone.py              (needs a CUDA GPU)
+
+Rows are full (no padding), which flatters Transformers; ours computes the last layer for the pooled tokens alone, as it
+does in use.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from harness import record, time_interleaved, write_records
+from models import (
+    batch_of,
+    last_token_embeddings,
+    our_backbone,
+    random_weights,
+    real_spec,
+    token_ids,
+    transformers_model,
+)
+
+from jv5kernels.output import OutputFormat
+
+# (family, rows, tokens a row): 32768 tokens a batch
+SHAPES = [
+    ("small", 64, 512),
+    ("small", 16, 2048),
+    ("small", 4, 8192),
+    ("small", 1, 32768),
+    ("nano", 64, 512),
+    ("nano", 16, 2048),
+    ("nano", 4, 8192),
+]
+# Two bf16 runs of 12 to 28 layers against each other; each is within 1e-4 of fp32 (bench_parity.py).
+MIN_COSINE = 0.9995
+
+
+@torch.inference_mode()
+def bench_shape(
+    family: str, rows: int, length: int, ours: Any, peer: torch.nn.Module
+) -> list[dict[str, Any]]:
+    spec = ours.spec
+    sequences = token_ids(spec, [length] * rows)
+    batch = batch_of(sequences, "cuda")
+    ids = batch.input_ids.view(rows, length).long()
+    output = OutputFormat("lasttoken", spec.hidden_size)
+
+    def run_ours() -> torch.Tensor:
+        hidden, cu_seqlens = ours.forward_pooled(batch, "lasttoken")
+        return output.apply(hidden, cu_seqlens, ours.norm_weight, spec.rms_norm_eps)[0]
+
+    def run_peer() -> torch.Tensor:
+        return last_token_embeddings(peer, ids)
+
+    cosine = torch.nn.functional.cosine_similarity(run_ours(), run_peer()).min().item()
+    assert cosine >= MIN_COSINE, f"{family} {rows}x{length}: cosine {cosine}"
+    timings = time_interleaved({"jv5kernels": run_ours, "transformers sdpa": run_peer})
+    a, b = timings["jv5kernels"], timings["transformers sdpa"]
+    print(
+        f"{family:6} {rows:3}x{length:<6} {a.p50:8.2f} ms  transformers {b.p50:8.2f} ms  {b.p50 / a.p50:5.2f}x"
+    )
+    return [
+        record(
+            f"{family} {rows}x{length} bfloat16",
+            "jv5kernels",
+            "ms",
+            a.p50,
+            "ms",
+            device="cuda",
+            peer="transformers sdpa",
+            peer_value=b.p50,
+            ratio=b.p50 / a.p50,
+            p20=a.p20,
+            p80=a.p80,
+            tokens_per_s=1e3 * rows * length / a.p50,
+            cosine_min=cosine,
+        )
+    ]
+
+
+@torch.inference_mode()
+def peak_bytes(call: Any) -> int:
+    """Bytes that a call takes beyond what was allocated before it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def bench_memory(family: str, length: int, ours: Any, peer: torch.nn.Module) -> dict[str, Any]:
+    batch = batch_of(token_ids(ours.spec, [length]), "cuda")
+    mine = peak_bytes(lambda: ours.forward_pooled(batch, "lasttoken"))
+    ids = batch.input_ids.view(1, length).long()
+    theirs = peak_bytes(lambda: last_token_embeddings(peer, ids))
+    print(
+        f"{family:6}   1x{length:<6} peak {mine / 1e9:.3f} GB  transformers {theirs / 1e9:.3f} GB over the weights"
+    )
+    return record(
+        f"{family} 1x{length} bfloat16",
+        "jv5kernels",
+        "peak_bytes_over_weights",
+        mine,
+        "byte",
+        device="cuda",
+        peer="transformers sdpa",
+        peer_value=theirs,
+        ratio=theirs / mine,
+    )
+
+
+def main() -> None:
+    records = []
+    for family in ("small", "nano"):
+        spec = real_spec(family)
+        weights = random_weights(spec, seed=0, dtype=torch.bfloat16, device="cuda")
+        peer = transformers_model(spec, weights, torch.bfloat16)
+        ours = our_backbone(spec, weights, torch.bfloat16)
+        for name, rows, length in SHAPES:
+            if name == family:
+                records += bench_shape(family, rows, length, ours, peer)
+        records.append(bench_memory(family, spec.max_position_embeddings, ours, peer))
+        del weights, peer, ours
+    print(write_records("backbone", records))
+
+
+if __name__ == "__main__":
+    main()

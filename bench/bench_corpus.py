@@ -1,0 +1,145 @@
+"""Text in, vectors out, over texts of mixed lengths: ours against Sentence Transformers at its best batch size.
+
+    python bench/bench_corpus.py                                       (CUDA: real geometry, bf16; CPU: the demo's model, fp32)
+    python bench/bench_corpus.py --texts texts.jsonl --small-tokenizer tokenizer.json --nano-tokenizer tokenizer.json
+
+Both load the same folder, a merged checkpoint with random weights. On CUDA the texts have log-normal lengths (median 180
+tokens, at most 8192), cut from real text: the docstrings of Python's standard library unless --texts names a JSONL file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import record, write_records
+
+from jv5kernels import FastEncoder
+from jv5kernels.demo import DEMO_GEOMETRY, standard_library_texts
+from jv5kernels.synthetic import REAL_GEOMETRY, write_checkpoint
+
+COUNT = 4000
+MEDIAN_TOKENS, SIGMA, LONGEST_TOKENS = 180, 1.02, 8192
+CHARACTERS_A_TOKEN = 3.6
+BATCH_SIZES = {"cuda": (32, 64, 128, 256), "cpu": (4, 16, 32)}
+RUNS = {"cuda": 3, "cpu": 5}
+MIN_COSINE = {"cuda": 0.999, "cpu": 0.999999}
+
+
+def read_texts(path: Path) -> list[str]:
+    """The "text" of every line of a JSONL file, plain or gzipped."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
+def mixed_lengths(sources: list[str], count: int, seed: int = 0) -> list[str]:
+    """`count` texts of log-normal length, each a stretch of the sources laid end to end."""
+    random = np.random.default_rng(seed)
+    everything = "\n".join(sources)
+    tokens = random.lognormal(np.log(MEDIAN_TOKENS), SIGMA, count).clip(4, LONGEST_TOKENS)
+    sizes = (tokens * CHARACTERS_A_TOKEN).astype(int)
+    starts = random.integers(0, max(1, len(everything) - int(sizes.max())), count)
+    return [everything[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def seconds(call: Callable[[], Any], runs: int) -> tuple[float, Any]:
+    """Median seconds of several calls, and the last result."""
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        result = call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), result
+
+
+def bench(folder: Path, texts: list[str], label: str, device: str) -> list[dict[str, Any]]:
+    from sentence_transformers import SentenceTransformer
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    ours = FastEncoder(folder, device=device, dtype=dtype)
+    peer = SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": dtype})
+    tokens = sum(map(len, ours.tokenize(texts)))
+    print(f"{label}: {len(texts)} texts, {tokens} tokens")
+
+    mine, embeddings = seconds(lambda: ours.encode(texts), RUNS[device] + 1)
+    found: dict[int, float] = {}
+    for size in BATCH_SIZES[device]:
+        peer.encode(texts[:size], batch_size=size)
+        torch.cuda.reset_peak_memory_stats() if device == "cuda" else None
+        found[size], theirs = seconds(
+            lambda size=size: peer.encode(texts, batch_size=size, normalize_embeddings=True),
+            RUNS[device],
+        )
+        print(f"  sentence-transformers batch {size:4}: {tokens / found[size]:10.0f} tokens/s")
+    cosine = float((embeddings * theirs).sum(1).min())
+    assert cosine >= MIN_COSINE[device], f"{label}: cosine {cosine}"
+    best = min(found, key=lambda size: found[size])
+    ratio = found[best] / mine
+    print(
+        f"  jv5kernels {tokens / mine:10.0f} tokens/s: {ratio:.2f}x batch {best}; cosine {cosine:.6f}"
+    )
+    return [
+        record(
+            f"{label}, {len(texts)} texts, {tokens} tokens, {str(dtype)[6:]}",
+            "jv5kernels",
+            "tokens_per_s",
+            tokens / mine,
+            "1/s",
+            device=device,
+            peer=f"sentence-transformers, batch_size {best}",
+            peer_value=tokens / found[best],
+            ratio=ratio,
+            cosine_min=cosine,
+            peer_by_batch_size={str(size): tokens / t for size, t in found.items()},
+        )
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
+    parser.add_argument("--texts", type=Path, help="JSONL file with the key text")
+    parser.add_argument(
+        "--small-tokenizer", type=Path, help="tokenizer.json of the real vocabulary"
+    )
+    parser.add_argument("--nano-tokenizer", type=Path, help="tokenizer.json of the real vocabulary")
+    arguments = parser.parse_args()
+    device = arguments.device
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    sources = read_texts(arguments.texts) if arguments.texts else standard_library_texts()
+    records = []
+    with tempfile.TemporaryDirectory() as root:
+        if device == "cpu":
+            folder = write_checkpoint(
+                Path(root) / "demo", family="small", layout="merged", geometry=DEMO_GEOMETRY
+            )
+            records += bench(folder, sources, "demo model, standard library docstrings", "cpu")
+        else:
+            texts = mixed_lengths(sources, COUNT)
+            for family in ("small", "nano"):
+                folder = write_checkpoint(
+                    Path(root) / family,
+                    family=family,
+                    layout="merged",
+                    geometry=REAL_GEOMETRY[family],
+                    dtype=torch.bfloat16,
+                    tokenizer=getattr(arguments, f"{family}_tokenizer"),
+                )
+                records += bench(folder, texts, f"{family}, mixed lengths", "cuda")
+    print(write_records("corpus" if device == "cuda" else "corpus-cpu", records))
+
+
+if __name__ == "__main__":
+    main()
