@@ -20,12 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK = 128
+CHUNK = 64
 # Elements of a chunk program's tile: 8 rows of 1024, 16 KB of bf16 in flight a program.
 TILE_ELEMENTS = 8192
 CHUNK_WARPS = 4
 # Tile of the programs that add partial sums: rows, columns.
-COMBINE_ROWS, COMBINE_COLUMNS = 64, 32
+COMBINE_ROWS, COMBINE_COLUMNS = 128, 32
 # Tile of a span program: tokens, columns.
 SPAN_ROWS, SPAN_COLUMNS = 64, 64
 

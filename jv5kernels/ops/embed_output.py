@@ -11,8 +11,22 @@ import torch
 from torch import Tensor
 
 from jv5kernels.ops.checks import FLOAT_DTYPES, REFERENCE_DTYPES, check_cu_seqlens, check_tensor
-from jv5kernels.ops.pool import check_pooling_mode, partial_sums, pooled_ranges
-from jv5kernels.ops.registry import Implementation, Operator, Reason, triton_unavailable
+from jv5kernels.ops.pool import (
+    POOLING_MODES,
+    check_native_status,
+    check_pooling_mode,
+    cpp_unsupported,
+    native_ranges,
+    partial_sums,
+    pooled_ranges,
+)
+from jv5kernels.ops.registry import (
+    Implementation,
+    Operator,
+    Reason,
+    cpp_unavailable,
+    triton_unavailable,
+)
 
 # torch.nn.functional.normalize divides by max(‖x‖, this).
 NORMALIZE_EPS = 1e-12
@@ -42,7 +56,7 @@ def embed_output(
         truncate_dim: dimensions to keep, 1 to C; None keeps all.
         normalize: whether to divide each row by max(‖row‖, 1e-12), after the slice.
         dtype: of the embeddings: float32, float16 or bfloat16 (or float64, for a float64 input).
-        impl: "auto", "triton" or "torch".
+        impl: "auto", "triton", "cpp" (float32 on the CPU) or "torch".
 
     Returns:
         (B, truncate_dim) embeddings, contiguous, and (B,) uint8 flags: 1 where the row or its length
@@ -51,7 +65,8 @@ def embed_output(
     Raises:
         TypeError: a dtype that is not allowed.
         ValueError: an unknown mode, a dimension out of range, shapes that do not fit, inputs that
-            require gradients, an `impl` that cannot run here.
+            require gradients, an `impl` that cannot run here; with "cpp" also cu_seqlens that leave
+            the tokens.
 
     Example:
         >>> hidden = torch.tensor([[9.0, 9.0], [3.0, 4.0]])
@@ -118,6 +133,47 @@ def _embed_output_torch(
     return out, (~finite).to(torch.uint8)
 
 
+def _embed_output_cpp(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    mode: str,
+    norm_weight: Tensor | None,
+    eps: float,
+    dim: int,
+    normalize: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    from jv5kernels import _C
+
+    address, rows, step = native_ranges(cu_seqlens, None)
+    weight = None if norm_weight is None else norm_weight.float().contiguous()
+    out = torch.empty((rows, dim), dtype=torch.float32)
+    flags = torch.empty(rows, dtype=torch.uint8)
+    status = _C.embed_output_float32(
+        hidden.data_ptr(),
+        hidden.shape[0],
+        hidden.shape[1],
+        hidden.stride(0),
+        address,
+        rows,
+        step,
+        POOLING_MODES.index(mode),
+        0 if weight is None else weight.data_ptr(),
+        eps,
+        dim,
+        normalize,
+        out.data_ptr(),
+        flags.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check_native_status(status)
+    if dtype != torch.float32:
+        out = out.to(dtype)
+        # The cast overflows where a row is not normalised.
+        flags |= (~out.isfinite().all(-1)).to(torch.uint8)
+    return out, flags
+
+
 def _embed_output_triton(
     hidden: Tensor,
     cu_seqlens: Tensor,
@@ -173,8 +229,9 @@ _embed_output = Operator(
     ),
     implementations={
         "triton": Implementation(_embed_output_triton, triton_unavailable, _triton_unsupported),
+        "cpp": Implementation(_embed_output_cpp, cpp_unavailable, cpp_unsupported),
         "torch": Implementation(_embed_output_torch),
     },
-    auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    auto={"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
     fake=_fake,
 )

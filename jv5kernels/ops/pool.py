@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from jv5kernels.ops.checks import FLOAT_DTYPES, REFERENCE_DTYPES, check_cu_seqlens, check_tensor
-from jv5kernels.ops.registry import Implementation, Operator, Reason, triton_unavailable
+from jv5kernels.ops.registry import (
+    Implementation,
+    Operator,
+    Reason,
+    cpp_unavailable,
+    triton_unavailable,
+)
 
 POOLING_MODES = ("lasttoken", "mean", "cls")
 
@@ -31,7 +37,7 @@ def pool(
         mode: "lasttoken", "mean" or "cls" (the first token).
         spans: (N, 2), int32, half-open ranges [start, end) of packed rows, in any order, overlapping
             or not; needs mode="mean" and takes the place of the sequences.
-        impl: "auto", "triton" or "torch".
+        impl: "auto", "triton", "cpp" (float32 on the CPU) or "torch".
 
     Returns:
         (B, C), or (N, C) with spans; float32 (float64 for a float64 input), contiguous. An empty
@@ -40,7 +46,7 @@ def pool(
     Raises:
         TypeError: a dtype that is not allowed.
         ValueError: an unknown mode, shapes that do not fit, inputs that require gradients, an `impl`
-            that cannot run here.
+            that cannot run here; with "cpp" also ranges that leave the tokens.
 
     Example:
         >>> hidden = torch.tensor([[1.0], [3.0], [5.0]])
@@ -109,6 +115,51 @@ def partial_sums(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.empty((chunks, hidden.shape[1]), dtype=torch.float32, device=hidden.device)
 
 
+def _pool_cpp(hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: Tensor | None) -> Tensor:
+    from jv5kernels import _C
+
+    address, rows, step = native_ranges(cu_seqlens, spans)
+    out = torch.empty((rows, hidden.shape[1]), dtype=torch.float32)
+    status = _C.pool_float32(
+        hidden.data_ptr(),
+        hidden.shape[0],
+        hidden.shape[1],
+        hidden.stride(0),
+        address,
+        rows,
+        step,
+        POOLING_MODES.index(mode),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check_native_status(status)
+    return out
+
+
+def native_ranges(cu_seqlens: Tensor, spans: Tensor | None) -> tuple[int, int, int]:
+    """Address of the first range, number of ranges, and elements from one to the next, for jv5kernels._C."""
+    if spans is None:
+        return cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1, cu_seqlens.stride(0)
+    return spans.data_ptr(), spans.shape[0], spans.stride(0)
+
+
+def check_native_status(status: int) -> None:
+    """Raises the error that a status of jv5kernels._C stands for."""
+    if status == 1:
+        raise ValueError(
+            "cu_seqlens and spans must give rows 0 <= start <= end <= T, and T is the length of hidden"
+        )
+    if status != 0:
+        raise MemoryError("jv5kernels._C could not allocate its working memory")
+
+
+def cpp_unsupported(hidden: Tensor, *_: object) -> Reason:
+    """Why the C++ kernels cannot take `hidden`, or None."""
+    if hidden.dtype != torch.float32:
+        return f"takes float32, not {hidden.dtype}"
+    return None
+
+
 def _triton_unsupported(hidden: Tensor, *_: object) -> Reason:
     if hidden.dtype not in FLOAT_DTYPES:
         return f"the kernel takes float32, float16 and bfloat16, not {hidden.dtype}"
@@ -126,8 +177,9 @@ _pool = Operator(
     schema="(Tensor hidden, Tensor cu_seqlens, str mode, Tensor? spans, str impl) -> Tensor",
     implementations={
         "triton": Implementation(_pool_triton, triton_unavailable, _triton_unsupported),
+        "cpp": Implementation(_pool_cpp, cpp_unavailable, cpp_unsupported),
         "torch": Implementation(_pool_torch),
     },
-    auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    auto={"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
     fake=_fake,
 )
