@@ -236,9 +236,9 @@ class EmbeddingFile:
         return journal
 
     @property
-    def resuming(self) -> bool:
-        """Whether an unfinished run is being continued."""
-        return self._journal is not None
+    def started(self) -> bool:
+        """Whether there is a part file with its journal, so that the run can be continued."""
+        return self._file is not None or self._journal is not None
 
     def require(self, **facts: Any) -> None:
         """Records facts that the embeddings depend on; when resuming, they must be those of the run.

@@ -1,0 +1,215 @@
+"""The command line: ``jv5kernels encode | verify | bench | info | demo``.
+
+Exit codes: 0 done; 1 a check was missed, or the machine could not do it; 2 a mistake in the command
+or in an input (one line on standard error, no traceback); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jv5kernels.arguments import STANDARD_OUTPUT, parser
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    options = parser().parse_args(arguments)
+    command = COMMANDS[options.name]
+    if options.debug:
+        return command(options)
+    try:
+        return command(options)
+    except KeyboardInterrupt as interrupt:
+        return _report("\ninterrupted", interrupt, 130)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        return _report(f"jv5kernels {options.name}: error", error, 2)
+    except (FloatingPointError, MemoryError, RuntimeError) as error:
+        if not _is_about_the_machine(error):
+            raise
+        return _report(f"jv5kernels {options.name}", error, 1)
+
+
+def _report(prefix: str, error: BaseException, code: int) -> int:
+    """Prints one line about an error: its message, and what to do when an output is unfinished."""
+    text = " ".join(str(error).split()) or ("" if code == 130 else type(error).__name__)
+    notes = "; ".join([text, *getattr(error, "__notes__", ())]).strip("; ")
+    print(f"{prefix}: {notes}" if notes else prefix, file=sys.stderr)
+    return code
+
+
+def _is_about_the_machine(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, (FloatingPointError, MemoryError, torch.OutOfMemoryError))
+
+
+# Commands.
+
+
+def _encode(options: argparse.Namespace) -> int:
+    from jv5kernels.bulk import Job, encode_corpus
+    from jv5kernels.files import Corpus, EmbeddingFile
+
+    if options.precision in ("int8", "uint8") and options.ranges is None:
+        raise ValueError(
+            f"--precision {options.precision} needs --ranges FILE.npy: minimum and maximum of every dimension, "
+            "(2, dim), over a sample of float32 embeddings; the same file for corpus and queries"
+        )
+    out = EmbeddingFile(options.output, resume=options.resume, overwrite=options.overwrite)
+    corpus = Corpus(
+        options.inputs,
+        input_format=options.input_format,
+        key=options.key,
+        id_key=options.id_key,
+    )
+    call = {
+        "task": options.task,
+        "prompt_name": options.prompt_name,
+        "prompt": options.prompt,
+        "precision": options.precision,
+        "truncate_dim": options.truncate_dim,
+        "ranges": options.ranges,
+    }
+    job = Job(corpus, out, _encoder_options(options), call, options.block, not options.no_progress)
+    try:
+        print(encode_corpus(job), file=sys.stderr)
+    except (Exception, KeyboardInterrupt) as error:
+        if out.started:
+            note = f"{out.rows:,} rows are complete in {out.part}, --resume continues after them"
+            # BaseException.add_note, which Python 3.10 does not have.
+            vars(error).setdefault("__notes__", []).append(note)
+        raise
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from jv5kernels.verify import verify
+
+    report = verify(
+        options.model,
+        tasks=options.tasks,
+        lengths=options.lengths,
+        device=options.device,
+        dtype=_dtype(options.dtype),
+    )
+    if options.json != STANDARD_OUTPUT:
+        print(report)
+    _write_json(options.json, report.to_dict())
+    return 0 if report.passed else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from jv5kernels.demo import TASK, demo_checkpoint, documents_for
+    from jv5kernels.encoder import FastEncoder
+    from jv5kernels.quickbench import compare, render
+    from jv5kernels.stdlib_texts import standard_library_texts
+
+    model = options.model or str(demo_checkpoint())
+    encoder = FastEncoder(model, **_encoder_options(options))
+    task = options.task or (TASK if TASK in encoder.tasks else None)
+    documents = documents_for(encoder, standard_library_texts())
+    prompt = encoder.prompts.get("document", "")
+    comparison = compare(
+        encoder,
+        [prompt + document.text for document in documents],
+        task=task,
+        batch_sizes=options.batch_sizes,
+        repeats=options.repeats,
+    )
+    if options.json != STANDARD_OUTPUT:
+        _print(
+            f"{encoder.checkpoint.source}: {comparison.texts} texts, {comparison.tokens:,} tokens, "
+            f"{comparison.dtype} on {comparison.device}",
+            render(comparison) if comparison.agrees else "",
+        )
+    _write_json(options.json, {"model": model, **comparison.to_dict()})
+    if not comparison.agrees:
+        worst = min(result.cosine_min for result in comparison.results)
+        return _report(
+            "jv5kernels bench",
+            ValueError(f"embeddings disagree: cosine {worst:.7f}, no speed given"),
+            1,
+        )
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from jv5kernels.info import collect, render
+
+    facts = collect(options.model, _encoder_options(options))
+    if options.json != STANDARD_OUTPUT:
+        _print(render(facts))
+    _write_json(options.json, facts)
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from jv5kernels.demo import QUERY, render, run
+
+    demo = run(
+        options.model,
+        query=options.query or QUERY,
+        text_file=options.text_file,
+        encoder_options=_encoder_options(options),
+    )
+    _print(render(demo))
+    return 0 if demo.comparison.agrees else 1
+
+
+# What several commands share.
+
+
+def _encoder_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of FastEncoder, only those that were given."""
+    values = vars(options)
+    names = ("revision", "cache_dir", "device", "attention", "max_seq_length", "pooling")
+    given = {name: values.get(name) for name in (*names, "token_budget")}
+    flags = {name: True for name in ("local_files_only", "batch_invariant") if values.get(name)}
+    dtype = _dtype(values.get("dtype"))
+    return {k: v for k, v in {**given, "dtype": dtype}.items() if v is not None} | flags
+
+
+def _dtype(name: str | None) -> Any:
+    if name is None:
+        return None
+    import torch
+
+    return getattr(torch, name)
+
+
+def _print(*parts: Any) -> None:
+    """Prints with colours and the terminal's width; to a file or pipe plainly and without breaking lines early."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    for part in parts:
+        console.print(part)
+
+
+def _write_json(path: Path | None, value: Any) -> None:
+    """Writes to a file, to standard output for "-", or not at all for None."""
+    if path is None:
+        return
+    text = json.dumps(value, indent=1) + "\n"
+    if path == STANDARD_OUTPUT:
+        sys.stdout.write(text)
+    else:
+        path.write_text(text, "utf-8")
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "encode": _encode,
+    "verify": _verify,
+    "bench": _bench,
+    "info": _info,
+    "demo": _demo,
+}
