@@ -8,6 +8,7 @@
 
 #include "dispatch.h"
 #include "kernels.h"
+#include "memory.h"
 #include "parallel.h"
 
 #if JV5_X86
@@ -127,6 +128,7 @@ Status jv5_quantize_int8_float32(const float* x, const float* ranges, uint8_t* o
         steps[c] = step == 0.0f ? 1.0f : step;
     }
     const QuantizeKernels& kernels = quantize_kernels();
+    advise_large_pages(out, rows * dim);
     parallel_for(rows, dim, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             kernels.codes_of_row(x + row * stride, ranges, steps.data(), out + row * dim, dim, flip);
@@ -141,6 +143,7 @@ void jv5_quantize_binary_float32(const float* x, uint8_t* out, int64_t rows, int
                                  int64_t stride, uint8_t flip, int num_threads) {
     const QuantizeKernels& kernels = quantize_kernels();
     const int64_t bytes = (dim + 7) / 8;
+    advise_large_pages(out, rows * bytes);
     parallel_for(rows, dim, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             kernels.bits_of_row(x + row * stride, out + row * bytes, dim, flip);
