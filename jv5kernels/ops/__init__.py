@@ -1,6 +1,7 @@
 """The operators: packed (ragged) tensors in, one call each, several implementations behind `impl=`."""
 
 from jv5kernels.ops.attention import attention_varlen
+from jv5kernels.ops.attention_pooled import attention_pooled
 from jv5kernels.ops.embed_output import embed_output
 from jv5kernels.ops.linear import linear
 from jv5kernels.ops.pool import pool
@@ -11,6 +12,7 @@ from jv5kernels.ops.swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
+    "attention_pooled",
     "attention_varlen",
     "embed_output",
     "linear",

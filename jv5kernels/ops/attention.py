@@ -8,6 +8,7 @@ h // (Hq / Hkv). Softmax and sums are fp32.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
 from typing import cast
@@ -98,16 +99,27 @@ def head_dim_unsupported(q: Tensor, *_: object) -> Reason:
     return None
 
 
-def _runs(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(first row, number of sequences, length) of every run of neighbours of equal, non-zero length."""
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring sequences of equal, non-zero length: rows of the packed tokens and numbers of sequences."""
+
+    sequence: int
+    count: int
+    length: int
+    rows: slice
+
+
+def runs_of_equal_length(cu_seqlens: Tensor) -> Iterator[Run]:
+    """The runs of neighbours of equal length, which a batched call can take together (copies to the host)."""
     bounds = cu_seqlens.tolist()
     lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
-    begin = bounds[0]
-    for length, run in groupby(lengths):
-        count = len(list(run))
+    sequence = 0
+    for length, neighbours in groupby(lengths):
+        count = len(list(neighbours))
         if length:
-            yield begin, count, length
-        begin += count * length
+            begin = bounds[sequence]
+            yield Run(sequence, count, length, slice(begin, begin + count * length))
+        sequence += count
 
 
 def _attention_torch(
@@ -115,11 +127,11 @@ def _attention_torch(
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     is_grouped = q.shape[1] != k.shape[1]
-    for begin, count, length in _runs(cu_seqlens):
-        rows = slice(begin, begin + count * length)
+    for run in runs_of_equal_length(cu_seqlens):
         # (T, H, D) -> (count, H, length, D), all views
         queries, keys, values, result = (
-            x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v, out)
+            x[run.rows].unflatten(0, (run.count, run.length)).transpose(1, 2)
+            for x in (q, k, v, out)
         )
         result.copy_(
             F.scaled_dot_product_attention(
