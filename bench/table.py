@@ -1,0 +1,131 @@
+"""Writes the tables of README.md from bench/results/*.json, between the marker comments of each table.
+
+python bench/table.py            rewrite README.md
+python bench/table.py --check    exit code 1 when README.md does not say what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS
+
+README = RESULTS.parent.parent / "README.md"
+
+
+def records(name: str) -> list[dict[str, Any]]:
+    """The records of one bench command, none when it has not been run."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def number(value: float) -> str:
+    """Three significant digits or whole thousands."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def source(found: list[dict[str, Any]]) -> str:
+    """Where and with what the records were measured, as a line under a table."""
+    keys = ("device", "torch", "triton", "commit", "date")
+    seen = sorted({tuple(r[key] for key in keys) for r in found})
+    lines = [f"{d}, torch {t}, Triton {tr}, commit {c}, {day}" for d, t, tr, c, day in seen]
+    return "\n\n" + "; ".join(lines) + "."
+
+
+def speed_table() -> str:
+    """Whole models against their peers."""
+    found = [
+        r
+        for name in ("corpus", "corpus-cpu", "backbone")
+        for r in records(name)
+        if r["metric"] != "peak_bytes_over_weights"
+    ]
+    rows = ["| work | jv5kernels | peer | | ratio |", "|---|---|---|---|---|"]
+    for r in found:
+        unit = "tokens/s" if r["metric"] == "tokens_per_s" else r["unit"]
+        rows.append(
+            f"| {r['work']} | {number(r['value'])} {unit} | {r['peer']} | {number(r['peer_value'])} {unit} | **{r['ratio']:.2f}x** |"
+        )
+    return "\n".join(rows) + source(found)
+
+
+def parity_table() -> str:
+    """Cosine to fp32 Transformers, and the error beside that of Transformers' own run in the same dtype."""
+    found = [r for name in ("parity", "parity-cpu") for r in records(name)]
+    rows = [
+        "| texts | lowest cosine to fp32 | error | Transformers' own error in that dtype |",
+        "|---|---|---|---|",
+    ]
+    for r in found:
+        theirs = "" if r["peer_error_rms"] is None else f"{r['peer_error_rms']:.2e}"
+        rows.append(f"| {r['work']} | {r['value']:.7f} | {r['error_rms']:.2e} | {theirs} |")
+    return "\n".join(rows) + source(found)
+
+
+def memory_table() -> str:
+    """Peak memory beyond the weights."""
+    found = [r for r in records("backbone") if r["metric"] == "peak_bytes_over_weights"]
+    rows = ["| work | jv5kernels | Transformers |", "|---|---|---|"]
+    rows += [
+        f"| {r['work']} | {r['value'] / 1e9:.2f} GB | {r['peer_value'] / 1e9:.2f} GB |"
+        for r in found
+    ]
+    return "\n".join(rows) + source(found)
+
+
+def invariance_table() -> str:
+    """What batch invariance costs, and what is guaranteed with and without it."""
+    found = records("invariance")
+    rows = ["| work | `batch_invariant=True` | default | cost |", "|---|---|---|---|"]
+    for r in found:
+        if r["metric"] == "ms":
+            rows.append(
+                f"| {r['work']} | {number(r['value'])} ms | {number(r['peer_value'])} ms | {r['cost_percent']:.0f} % |"
+            )
+    rows.append("")
+    for r in found:
+        if r["metric"] == "cosine_min":
+            rows.append(
+                f"* {r['work']}, {r['impl']}: {r['changed']} of {r['texts']} changed a bit, lowest cosine {r['value']:.7f}"
+            )
+    return "\n".join(rows) + source(found)
+
+
+TABLES = {
+    "speed": speed_table,
+    "parity": parity_table,
+    "memory": memory_table,
+    "invariance": invariance_table,
+}
+
+
+def filled(text: str) -> str:
+    """README text with every marked table made anew."""
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+        text, count = re.subn(pattern, lambda m: m[1] + table() + m[2], text, flags=re.S)
+        assert count == 1, f"README.md must hold the markers of the table {name!r} once"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    text = README.read_text()
+    new = filled(text)
+    if parser.parse_args().check:
+        sys.exit(
+            f"{README.name} differs from bench/results: run python bench/table.py"
+            if new != text
+            else 0
+        )
+    README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
