@@ -185,7 +185,7 @@ def launch_pool_mean(
         eps,
         C=C,
         CHUNK=CHUNK,
-        BT=max(1, TILE_ELEMENTS // BC),
+        BT=min(CHUNK, max(1, TILE_ELEMENTS // BC)),
         BC=BC,
         HAS_NORM=weight is not None,
         num_warps=CHUNK_WARPS,

@@ -104,7 +104,7 @@ def _quantize_int8_torch(x: Tensor, ranges: Tensor, precision: str) -> Tensor:
 def _quantize_binary_torch(x: Tensor, precision: str) -> Tensor:
     bits = torch.nn.functional.pad((x > 0).to(torch.uint8), (0, -x.shape[1] % 8))
     weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=x.device)
-    codes = (bits.view(x.shape[0], -1, 8) * weights).sum(-1, dtype=torch.uint8)
+    codes = (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
     return _signed(codes, precision)
 
 
