@@ -68,6 +68,7 @@ def write_checkpoint(
     rope_key: str = "rope_theta",
     tokenizer: str | Path | None = None,
     corpus: Iterable[str] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Path:
     """Writes a checkpoint with random weights and returns its folder; all of it is there, or nothing.
 
@@ -84,6 +85,7 @@ def write_checkpoint(
         rope_key: "rope_theta", or "rope_parameters" as Transformers 5 writes it.
         tokenizer: a tokenizer.json to take; default one trained on `corpus`.
         corpus: texts to train on; default a few sentences in many languages.
+        device: where values are drawn; a GPU is much faster for real sizes, and draws other values.
 
     Raises:
         ValueError: an unknown family, layout, task or option; a vocabulary larger than the geometry's.
@@ -111,20 +113,21 @@ def write_checkpoint(
     _fit_vocabulary(sizes, fitted)
     config = model_config(family, layout, sizes, dtype=dtype, rope_key=rope_key, tokenizer=fitted)
     spec = _spec(config)
-    weights = random_weights(spec, seed=seed, dtype=dtype)
+    drawn: dict[str, Any] = {"seed": seed, "dtype": dtype, "device": device}
+    weights = random_weights(spec, **drawn)
     if layout == "merged" and family != "qwen3-embedding":
-        weights |= merge_adapter(weights, random_adapter(spec, task, seed=seed, dtype=dtype), dtype)
+        weights |= merge_adapter(weights, random_adapter(spec, task, **drawn), dtype)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent))
     try:
         write_settings(fresh, family, layout, config)
         write_tokenizer_files(fresh, family, fitted)
-        named = {tensor_prefix + name: tensor for name, tensor in weights.items()}
+        named = {tensor_prefix + name: tensor.cpu() for name, tensor in weights.items()}
         _save_weights(fresh, named, shards)
         if layout == "base":
             for name in TASKS:
-                _save_adapter(fresh, random_adapter(spec, name, seed=seed, dtype=dtype))
+                _save_adapter(fresh, random_adapter(spec, name, **drawn))
         fresh.chmod(0o755)
         if folder.is_dir():
             folder.rmdir()
@@ -169,6 +172,7 @@ def random_adapter(
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
     rank: int | None = None,
 ) -> LoraAdapter:
     """Returns an adapter of all linear layers with scaling 1.
@@ -179,10 +183,10 @@ def random_adapter(
     rank = rank or min(32, max(1, spec.hidden_size // 8))
 
     def pair(name: str, shape: tuple[int, int]) -> LoraPair:
-        a = _normal(f"{seed}/{task}/{name}/A", (rank, shape[1])).mul_(1 / math.sqrt(shape[1]))
-        b = _normal(f"{seed}/{task}/{name}/B", (shape[0], rank)).mul_(
-            ADAPTER_STRENGTH / math.sqrt(rank)
-        )
+        a = _normal(f"{seed}/{task}/{name}/A", (rank, shape[1]), device)
+        b = _normal(f"{seed}/{task}/{name}/B", (shape[0], rank), device)
+        a.mul_(1 / math.sqrt(shape[1]))
+        b.mul_(ADAPTER_STRENGTH / math.sqrt(rank))
         return LoraPair(a.to(dtype), b.to(dtype), 1.0)
 
     return LoraAdapter(
@@ -211,7 +215,7 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec.from_config(config, () if is_nano else ("layers.0.self_attn.q_norm.weight",))
 
 
-def _normal(key: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+def _normal(key: str, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
     generator = torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
     return torch.randn(shape, generator=generator, device=device)
 
@@ -240,5 +244,6 @@ def _save_adapter(folder: Path, adapter: LoraAdapter) -> None:
     tensors = {}
     for name, pair in adapter.pairs.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors |= {f"{module}.lora_A.weight": pair.a, f"{module}.lora_B.weight": pair.b}
+        tensors[f"{module}.lora_A.weight"] = pair.a.cpu()
+        tensors[f"{module}.lora_B.weight"] = pair.b.cpu()
     save_file(tensors, file, metadata={"format": "pt"})
