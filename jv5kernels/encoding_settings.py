@@ -69,11 +69,7 @@ def read_settings(folder: Path, config: Mapping[str, Any], max_positions: int) -
         ValueError: a module, pooling or setting that is not supported, named in the message.
     """
     is_base = config.get("model_type") == "jina_embeddings_v5"
-    if is_base:
-        _check_base_modules(folder)
-        pooling, normalize = "lasttoken", True
-    else:
-        pooling, normalize = _read_modules(folder)
+    pooling, normalize = _read_base_modules(folder) if is_base else _read_modules(folder)
     prompts, default = _read_prompts(folder, is_base)
     return EncodingSettings(
         pooling, normalize, prompts, default, _max_length(folder, is_base, max_positions)
@@ -99,10 +95,12 @@ def _modules(folder: Path) -> list[dict[str, Any]]:
     return _parse(path, list) if path.is_file() else []
 
 
-def _check_base_modules(folder: Path) -> None:
+def _read_base_modules(folder: Path) -> tuple[str | None, bool]:
+    """Pooling and normalisation of the remote code: one module does both."""
     unknown = [module["type"] for module in _modules(folder) if module["type"] != BASE_MODULE]
     if unknown:
         raise ValueError(f"{folder / 'modules.json'}: module {unknown[0]} is not supported here")
+    return "lasttoken", True
 
 
 def _read_modules(folder: Path) -> tuple[str | None, bool]:

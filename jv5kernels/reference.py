@@ -45,16 +45,16 @@ def load_reference(
         raise ValueError(f"task={task!r} is unknown: choose one of {list(checkpoint.tasks)}")
     from transformers import EuroBertConfig, EuroBertModel, Qwen3Config, Qwen3Model
 
-    config_class, model_class = {
+    classes: dict[str, tuple[Any, Any]] = {
         "qwen3": (Qwen3Config, Qwen3Model),
         "eurobert": (EuroBertConfig, EuroBertModel),
-    }[checkpoint.spec.model_type]
+    }
+    config_class, model_class = classes[checkpoint.spec.model_type]
     stated = read_json(checkpoint.folder / "config.json")
     config = config_class(
         **{key: value for key, value in stated.items() if key not in FOREIGN_KEYS}
     )
     config.use_cache = False
-    model: Any
     with _no_progress_bar():
         model, report = model_class.from_pretrained(
             checkpoint.folder,
