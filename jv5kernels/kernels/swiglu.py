@@ -41,13 +41,18 @@ def swiglu_kernel(
     tl.store(out + o_t[:, None] * F + o_f[None, :], b_out.to(out.dtype.element_ty), mask=m)
 
 
+def tile(width: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile for F columns."""
+    BF = min(MAX_COLUMNS, triton.next_power_of_2(width))
+    return TILE_ELEMENTS // BF, BF
+
+
 def launch_swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """Fills `out` (T, F), contiguous, from `gate_up` (T, 2·F)."""
     T, F = out.shape
     if T == 0 or F == 0:
         return
-    BF = min(MAX_COLUMNS, triton.next_power_of_2(F))
-    BT = TILE_ELEMENTS // BF
+    BT, BF = tile(F)
     swiglu_kernel[(triton.cdiv(T, BT) * triton.cdiv(F, BF),)](
         gate_up, out, gate_up.stride(0), T, F=F, BT=BT, BF=BF, num_warps=NUM_WARPS
     )

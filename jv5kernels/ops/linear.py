@@ -44,6 +44,10 @@ def linear(
     """
     check_tensor("x", x, ndim=2, dtypes=REFERENCE_DTYPES)
     check_tensor("weight", weight, shape=(None, x.shape[1]), dtypes=(x.dtype,), device=x.device)
+    if not batch_invariant and _linear.choose_name(impl, x.device) == "torch":
+        # F.linear needs no operator around it: torch.compile knows it, and a call is 3 times cheaper.
+        _linear.refuse_gradients((x, weight))
+        return F.linear(x, weight)
     return _linear(x, weight, batch_invariant, impl)
 
 

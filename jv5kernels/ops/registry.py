@@ -73,11 +73,13 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls the operator through torch's dispatcher; arguments as in the schema."""
-        if torch.is_grad_enabled():
-            self._refuse_gradients(arguments)
+        self.refuse_gradients(arguments)
         return getattr(torch.ops.jv5kernels, self.name)(*arguments)
 
-    def _refuse_gradients(self, arguments: Sequence[Any]) -> None:
+    def refuse_gradients(self, arguments: Sequence[Any]) -> None:
+        """Raises ValueError when gradients are recorded and a tensor argument requires them."""
+        if not torch.is_grad_enabled():
+            return
         for argument in arguments:
             if isinstance(argument, torch.Tensor) and argument.requires_grad:
                 raise ValueError(
