@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftMixedModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     EuroBertConfig,
     EuroBertModel,
     PreTrainedTokenizerFast,
@@ -98,15 +98,22 @@ class RemoteLike(PeftMixedModel):
     tokenizer: PreTrainedTokenizerFast
 
     @classmethod
-    def load(cls, folder: Path, backbone: type, dtype: torch.dtype = torch.float32) -> RemoteLike:
-        base = backbone.from_pretrained(folder, dtype=dtype)
-        adapters = Path(folder) / "adapters"
-        config = PeftConfig.from_pretrained(str(adapters / "retrieval"))
-        model = cls(base, config, adapter_name="retrieval")
-        for task in base.config.task_names:
-            model.load_adapter(str(adapters / task), adapter_name=task)
-        model.tokenizer = AutoTokenizer.from_pretrained(folder)
-        return model
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> RemoteLike:
+        """From a checkpoint in the base layout; the backbone's family is what the config's is_decoder tells."""
+        stated = json.loads((folder / "config.json").read_text())
+        is_nano = stated.get("is_decoder") is False
+        family = (EuroBertConfig, EuroBertModel) if is_nano else (Qwen3Config, Qwen3Model)
+        dropped = ("architectures", "auto_map", "torch_dtype", "dtype", "model_type")
+        config = family[0](**{k: v for k, v in stated.items() if k not in dropped})
+        config.model_type = "jina_embeddings_v5"
+        base = family[1].from_pretrained(folder, config=config, dtype=dtype)
+        adapters = {name: str(folder / "adapters" / name) for name in config.task_names}
+        first = PeftConfig.from_pretrained(adapters["retrieval"])
+        model = cls(base, first, adapter_name="retrieval")
+        for name in config.task_names:
+            model.load_adapter(adapters[name], adapter_name=name)
+        model.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        return model.eval()
 
     def encode(self, texts: list[str], task: str, prompt_name: str = "document") -> Tensor:
         """Pads on the right, switches the adapter and pools the last token, as the remote class does."""
