@@ -47,15 +47,22 @@ void set_dispatch_level(const std::string& wanted) {
     for (const auto& [name, level] : kLevels) {
         if (wanted == name and is_supported(level)) return set_level(level);
     }
-    throw py::value_error("dispatch level '" + wanted + "' is unknown or not supported by this CPU");
+    throw py::value_error("dispatch level '" + wanted +
+                          "' is unknown or not supported by this CPU");
 }
 
 // Packed tokens whose rows are pooled over `ranges`: (rows + 1,) offsets, or (rows, 2) spans.
 Tokens tokens_of(uintptr_t hidden, int64_t total_tokens, int64_t width, int64_t stride,
                  uintptr_t ranges, int64_t rows, int64_t range_stride) {
     const auto* starts = pointer<const int32_t>(ranges);
-    return {pointer<const float>(hidden), starts, starts + 1, range_stride,
-            total_tokens,                 rows,   width,      stride};
+    return {pointer<const float>(hidden),
+            starts,
+            starts + 1,
+            range_stride,
+            total_tokens,
+            rows,
+            width,
+            stride};
 }
 
 int pool_float32(uintptr_t hidden, int64_t total_tokens, int64_t width, int64_t stride,
@@ -63,8 +70,8 @@ int pool_float32(uintptr_t hidden, int64_t total_tokens, int64_t width, int64_t 
                  int num_threads) {
     const Tokens tokens =
         tokens_of(hidden, total_tokens, width, stride, ranges, rows, range_stride);
-    return static_cast<int>(jv5_pool_float32(tokens, static_cast<Pooling>(pooling),
-                                             pointer<float>(out), num_threads));
+    return static_cast<int>(
+        jv5_pool_float32(tokens, static_cast<Pooling>(pooling), pointer<float>(out), num_threads));
 }
 
 int embed_output_float32(uintptr_t hidden, int64_t total_tokens, int64_t width, int64_t stride,
@@ -81,10 +88,9 @@ int embed_output_float32(uintptr_t hidden, int64_t total_tokens, int64_t width, 
 
 int quantize_int8_float32(uintptr_t x, uintptr_t ranges, uintptr_t out, int64_t rows, int64_t dim,
                           int64_t stride, uint8_t flip, int num_threads) {
-    return static_cast<int>(jv5_quantize_int8_float32(pointer<const float>(x),
-                                                      pointer<const float>(ranges),
-                                                      pointer<uint8_t>(out), rows, dim, stride,
-                                                      flip, num_threads));
+    return static_cast<int>(
+        jv5_quantize_int8_float32(pointer<const float>(x), pointer<const float>(ranges),
+                                  pointer<uint8_t>(out), rows, dim, stride, flip, num_threads));
 }
 
 int quantize_binary_float32(uintptr_t x, uintptr_t out, int64_t rows, int64_t dim, int64_t stride,

@@ -283,18 +283,26 @@ def test_the_cpp_kernel_refuses_ranges_outside(impl, place):
 
 
 def test_compiles_for_sm90():
-    pointers = {"hidden": "*bf16", "cu_seqlens": "*i32", "weight": "*bf16", "flags": "*u8"}
+    pointers = {"cu_seqlens": "*i32", "flags": "*u8"}
     scalars = {"stride_ht": "i32", "eps": "fp32"}
-    constants = {"HAS_NORM": True, "NORMALIZE": True}
     cases = [
         Case(
             "jv5kernels.kernels.embed_output",
             "embed_output_kernel",
-            pointers | {"out": out} | scalars,
-            {"C": C, "DIM": dim, "BC": 1024, "ROW": row} | constants,
+            pointers
+            | {"hidden": hidden, "out": out}
+            | scalars
+            | ({"weight": "*bf16"} if norm else {}),
+            {"C": C, "DIM": dim, "BC": 1024, "ROW": row, "HAS_NORM": norm, "NORMALIZE": normalize}
+            | ({} if norm else {"weight": None}),
             divisible=("stride_ht",),
         )
-        for C, dim, row, out in [(1024, 1024, 0, "*fp32"), (768, 256, 1, "*bf16")]
+        for hidden, C, dim, row, out, norm, normalize in [
+            ("*bf16", 1024, 1024, 0, "*fp32", True, True),
+            ("*bf16", 768, 256, 1, "*bf16", True, False),
+            ("*fp32", 1024, 31, 2, "*fp16", False, True),
+            ("*fp32", 1024, 1024, 2, "*fp32", False, False),
+        ]
     ]
     for report in compile_for_sm90(cases):
         report.check(max_registers=64)

@@ -21,8 +21,7 @@ Level highest_level();
 #if defined(__x86_64__)
 #define JV5_X86 1
 #define JV5_TARGET_AVX2 __attribute__((target("avx2,fma")))
-#define JV5_TARGET_AVX512 \
-    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
+#define JV5_TARGET_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
 #else
 #define JV5_X86 0
 #endif

@@ -36,8 +36,8 @@ Status jv5_pool_float32(const Tokens& tokens, Pooling pooling, float* out, int n
 Status jv5_embed_output_float32(const Tokens& tokens, const EmbedOptions& options, float* out,
                                 uint8_t* flags, int num_threads);
 
-// x [rows, dim], rows `stride` apart; ranges [2, dim]: minima, maxima; out [rows, dim]: the code, its
-// top bit flipped by `flip` = 0x80 for int8
+// x [rows, dim], rows `stride` apart; ranges [2, dim]: minima, maxima; out [rows, dim]: the code,
+// its top bit flipped by `flip` = 0x80 for int8
 Status jv5_quantize_int8_float32(const float* x, const float* ranges, uint8_t* out, int64_t rows,
                                  int64_t dim, int64_t stride, uint8_t flip, int num_threads);
 

@@ -9,8 +9,8 @@
 
 namespace jv5 {
 
-// Asks for 2 MB pages in [data, data + bytes), as NumPy does for its arrays and torch does not: faults
-// of 4 KB pages took twice as long as quantising 100 MB. A hint, so a refusal is no error.
+// Asks for 2 MB pages in [data, data + bytes), as NumPy does for its arrays and torch does not:
+// faults of 4 KB pages took twice as long as quantising 100 MB. A hint, so a refusal is no error.
 inline void advise_large_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t kPage = uintptr_t{1} << 21;

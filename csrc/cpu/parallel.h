@@ -13,8 +13,8 @@ namespace jv5 {
 // Elements below which another thread costs more than it saves: starting one takes about 20 us.
 constexpr int64_t kMinElementsPerThread = 1 << 16;
 
-// Calls body(begin, end) on ranges that cover 0..count. Which thread takes which range is left open,
-// so an item's result must not depend on it. `body` must not throw.
+// Calls body(begin, end) on ranges that cover 0..count. Which thread takes which range is left
+// open, so an item's result must not depend on it. `body` must not throw.
 template <typename Body>
 void parallel_for(int64_t count, int64_t elements_per_item, int num_threads, const Body& body) {
     const int64_t useful = count * elements_per_item / kMinElementsPerThread;

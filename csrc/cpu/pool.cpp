@@ -232,8 +232,8 @@ Status jv5_embed_output_float32(const Tokens& tokens, const EmbedOptions& option
     }
     parallel_for(tokens.rows, width, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-            const float* x = is_mean ? means.data() + row * width
-                                     : pooled_token(tokens, options.pooling, row);
+            const float* x =
+                is_mean ? means.data() + row * width : pooled_token(tokens, options.pooling, row);
             float* target = out + row * options.dim;
             write_row(kernels, x, width, norm, options.dim, target);
             flags[row] = not finish_row(kernels, options.normalize, target, options.dim);

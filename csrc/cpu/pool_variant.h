@@ -4,9 +4,9 @@
 
 using Vector = float __attribute__((vector_size(4 * JV5_LANES), aligned(4), may_alias));
 
-// One vector of each of four rows at a time, so that four chains of additions overlap.
 constexpr int64_t kLanes = JV5_LANES;
 
+// Four sums side by side, so that their chains of additions overlap.
 JV5_TARGET static float sum_of_squares(const float* x, int64_t n) {
     Vector sums[4] = {};
     int64_t i = 0;

@@ -1,5 +1,6 @@
 // Quantisation of float32 rows to bytes, bit for bit as Sentence Transformers' quantize_embeddings:
-//   int8    code = clip(floor((x - min) / step), 0, 255), step = (max - min) / 255, or 1 where that is 0
+//   int8    code = clip(floor((x - min) / step), 0, 255)
+//           step = (max - min) / 255, or 1 where that is 0
 //   binary  bit = x > 0, eight columns a byte, the first in the top bit
 
 #include <cstring>
@@ -71,10 +72,11 @@ JV5_TARGET_AVX2 inline uint8_t* store_bits(const float* x, uint8_t* out, uint8_t
     const __m256i bytes = _mm256_packs_epi16(first, second);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     const __m256i columns = _mm256_permutevar8x32_epi32(bytes, order);
-    const __m256i reversal = _mm256_setr_epi8(7, 6, 5, 4, 3, 2, 1, 0, 15, 14, 13, 12, 11, 10, 9, 8,  //
-                                              7, 6, 5, 4, 3, 2, 1, 0, 15, 14, 13, 12, 11, 10, 9, 8);
-    const auto bits = static_cast<uint32_t>(
-        _mm256_movemask_epi8(_mm256_shuffle_epi8(columns, reversal)));
+    const __m256i reversal =
+        _mm256_setr_epi8(7, 6, 5, 4, 3, 2, 1, 0, 15, 14, 13, 12, 11, 10, 9, 8,  //
+                         7, 6, 5, 4, 3, 2, 1, 0, 15, 14, 13, 12, 11, 10, 9, 8);
+    const auto bits =
+        static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_shuffle_epi8(columns, reversal)));
     const uint32_t flipped = bits ^ (flip * 0x01010101u);
     std::memcpy(out, &flipped, sizeof flipped);
     return out + sizeof flipped;
@@ -93,8 +95,8 @@ JV5_TARGET_AVX512 inline uint64_t positive(const float* x) {
 }
 
 JV5_TARGET_AVX512 inline uint8_t* store_bits(const float* x, uint8_t* out, uint8_t flip) {
-    uint64_t bits = positive(x) | positive(x + 16) << 16 | positive(x + 32) << 32 |
-                    positive(x + 48) << 48;
+    uint64_t bits =
+        positive(x) | positive(x + 16) << 16 | positive(x + 32) << 32 | positive(x + 48) << 48;
     // The compare puts the first column into bit 0: reverse the bits of every byte.
     bits = (bits >> 1 & 0x5555555555555555u) | (bits & 0x5555555555555555u) << 1;
     bits = (bits >> 2 & 0x3333333333333333u) | (bits & 0x3333333333333333u) << 2;
@@ -131,7 +133,8 @@ Status jv5_quantize_int8_float32(const float* x, const float* ranges, uint8_t* o
     advise_large_pages(out, rows * dim);
     parallel_for(rows, dim, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-            kernels.codes_of_row(x + row * stride, ranges, steps.data(), out + row * dim, dim, flip);
+            kernels.codes_of_row(x + row * stride, ranges, steps.data(), out + row * dim, dim,
+                                 flip);
         }
     });
     return Status::kOk;
