@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from jv5kernels.synthetic import write_checkpoint
 
@@ -36,16 +34,3 @@ def copied(written, tmp_path):
         return Path(shutil.copytree(written(**options), tmp_path / "copy"))
 
     return copy
-
-
-def edit(path: Path, **changes) -> None:
-    """Sets keys of a JSON file; None removes a key."""
-    value = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
-
-
-def edit_tensors(folder: Path, change) -> None:
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from checkpoint_folders import edit, edit_tensors
+from edits import edit, edit_tensors
 
 from jv5kernels.checkpoint import open_checkpoint
 from jv5kernels.reference import load_reference
@@ -204,7 +204,7 @@ def test_a_language_head_is_ignored_beside_prefixed_names_alone(copied, tmp_path
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
 
-    edit_tensors(folder, add_head)
+    edit_tensors(folder / "model.safetensors", add_head)
     weights = open_checkpoint(folder).weights()
     assert "lm_head.weight" not in weights and "embed_tokens.weight" in weights
     assert not any("rotary" in name for name in weights)
@@ -212,7 +212,9 @@ def test_a_language_head_is_ignored_beside_prefixed_names_alone(copied, tmp_path
 
 def test_a_language_head_in_a_bare_file_is_unexpected(copied):
     folder = copied(family="small", layout="merged")
-    edit_tensors(folder, lambda t: t.update({"lm_head.weight": torch.ones(2, 2)}))
+    edit_tensors(
+        folder / "model.safetensors", lambda t: t.update({"lm_head.weight": torch.ones(2, 2)})
+    )
     with pytest.raises(ValueError, match="unexpected tensors: lm_head.weight"):
         open_checkpoint(folder)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_folders import edit, edit_tensors
+from edits import edit, edit_tensors
 
 from jv5kernels.checkpoint import open_checkpoint
 from jv5kernels.synthetic import TASKS
@@ -42,7 +42,7 @@ pytest_plugins = ("checkpoint_folders",)
 )
 def test_tensors_that_do_not_fit(change, message, copied):
     folder = copied(family="nano", layout="base")
-    edit_tensors(folder, change)
+    edit_tensors(folder / "model.safetensors", change)
     with pytest.raises(ValueError, match=message):
         open_checkpoint(folder)
 
@@ -225,7 +225,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings(copied):
     def shrink(tensors):
         tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][:rows].clone()
 
-    edit_tensors(folder, shrink)
+    edit_tensors(folder / "model.safetensors", shrink)
     edit(folder / "config.json", vocab_size=rows)
     with pytest.raises(
         ValueError, match="gives ids up to [0-9]+, but the embedding table has 512 rows"
