@@ -10,7 +10,7 @@ from edits import edit, edit_tensors
 
 from jv5kernels.checkpoint import open_checkpoint
 from jv5kernels.reference import load_reference
-from jv5kernels.synthetic import REAL_GEOMETRY, TASKS
+from jv5kernels.synthetic import REAL_GEOMETRY, TASKS, real_spec
 
 pytest_plugins = ("checkpoint_folders",)
 
@@ -181,8 +181,6 @@ def test_matryoshka_dimensions(copied):
     "family, matrices, parameters", [("small", 196, 596_049_920), ("nano", 84, 211_766_016)]
 )
 def test_the_real_geometries_have_the_published_sizes(family, matrices, parameters):
-    from jv5kernels.synthetic import real_spec
-
     spec = real_spec(family)
     assert spec.num_matrices == len(spec.matrix_shapes()) == matrices
     count = sum(torch.Size(shape).numel() for shape in spec.tensor_shapes().values())
