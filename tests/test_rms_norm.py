@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +17,7 @@ EPS = 1e-6
 RTOL = {torch.float32: 2e-6, torch.float16: 1.0e-3, torch.bfloat16: 8e-3}
 DTYPES = list(RTOL)
 IMPLS = ["triton", "torch"]
-SHAPES = [(1, 1), (1, 1024), (3, 768), (7, 100), (65, 64), (2, 2050)]
+SHAPES = [(1, 1), (1, 1024), (3, 768), (7, 100), (65, 64), (2, 2050), (3, 4100)]
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -50,6 +52,22 @@ def test_add_rms_norm_matches_float64(shape, dtype, impl, device, poisoned_memor
     torch.testing.assert_close(
         out.double(), reference(expected, weight), rtol=RTOL[dtype], atol=1e-6
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [768, 1024])
+def test_full_size_matches_float64(width, dtype, poisoned_memory):
+    x, residual = (draw((32768, width), dtype, "cuda", seed) for seed in (0, 2))
+    weight = draw((width,), dtype, "cuda", seed=1)
+    expected = reference(x, weight)
+    out = rms_norm(x, weight, EPS, impl="triton")
+    torch.testing.assert_close(out.double(), expected, rtol=RTOL[dtype] / 2, atol=1e-6)
+    out, total = add_rms_norm(x, residual, weight, EPS, impl="triton")
+    expected = x.double() + residual.double()
+    torch.testing.assert_close(total.double(), expected, rtol=RTOL[dtype] / 2, atol=1e-6)
+    expected = reference(expected, weight)
+    torch.testing.assert_close(out.double(), expected, rtol=RTOL[dtype] / 2, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -115,17 +133,31 @@ def test_errors_name_the_argument():
         rms_norm(x.detach().double(), weight, EPS, impl="triton")
 
 
-def test_compiles_for_sm90():
-    pointers = ("x", "residual", "weight", "out", "total")
+def sm90_case(width: int, dtype: str, has_residual: bool) -> Case:
+    from jv5kernels.kernels.rms_norm import tile
+
+    pointers = ["x", "weight", "out"] + ["residual", "total"] * has_residual
     scalars = {"stride_xt": "i32", "stride_rt": "i32", "T": "i32", "eps": "fp32"}
-    constants = {"C": 1024, "BT": 2, "BC": 1024, "HAS_RESIDUAL": True}
-    case = Case(
+    CHUNKS, BT, BC = tile(width, 4 if dtype == "fp32" else 2)
+    constants = {"C": width, "CHUNKS": CHUNKS, "BT": BT, "BC": BC, "HAS_RESIDUAL": has_residual}
+    if not has_residual:
+        constants |= {"residual": None, "total": None}
+    return Case(
         "jv5kernels.kernels.rms_norm",
         "rms_norm_kernel",
-        {name: "*bf16" for name in pointers} | scalars,
+        {name: f"*{dtype}" for name in pointers} | scalars,
         constants,
         divisible=("stride_xt", "stride_rt"),
     )
-    (report,) = compile_for_sm90([case])
-    report.check(max_registers=96)
-    assert "ld.global.v4" in report.ptx or ".v4.b32" in report.ptx
+
+
+def test_compiles_for_sm90():
+    cases = [sm90_case(width, "bf16", added) for width in (768, 1024) for added in (False, True)]
+    cases += [sm90_case(1024, "fp32", has_residual=True), sm90_case(4096, "bf16", True)]
+    *shipped, wide = compile_for_sm90(cases)
+    for report in (*shipped, wide):
+        report.check(max_registers=96)
+        accesses = re.findall(r"(?:ld|st)\.global.*", report.ptx)
+        assert accesses and all(".v4" in line for line in accesses)
+    for report in shipped:
+        assert report.shared == 0, "the sum over a row passes through shared memory"

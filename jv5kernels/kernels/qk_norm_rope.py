@@ -4,9 +4,9 @@
     y[:h] = n[:h] · cos - n[h:] · sin                             h = D / 2
     y[h:] = n[h:] · cos + n[:h] · sin
 
-A program takes BT tokens and a few neighbouring heads, all queries or all keys. It reads the tokens'
-cosines and sines once and walks over the heads; the next head is loaded before the present one is
-stored, because a load cannot be moved over a store into the same tensor.
+A program takes BT tokens and a few neighbouring heads, all queries or all keys, and reads the tokens'
+cosines and sines once for them. All heads are loaded before the first is stored: no load can be moved
+over a store into the same tensor.
 
 Traffic: query and key columns once in and once out, cos_sin once (and from the caches for the other
 head groups). Values are not touched.
@@ -56,6 +56,12 @@ def qk_norm_rope_kernel(
     m = m_t[:, None] & (o_d < HALF)[None, :]  # [BT, HALF]
 
     i_position = tl.load(positions + o_t, mask=m_t, other=0)
+    p_head = qkv + o_t[:, None] * stride_qt + i_head * D + o_d[None, :]
+    b_heads = ()  # BH pairs of [BT, HALF]
+    for i in tl.static_range(BH):
+        b_1 = tl.load(p_head + i * D, mask=m, other=0.0)
+        b_2 = tl.load(p_head + i * D + HALF, mask=m, other=0.0)
+        b_heads += ((b_1, b_2),)
     i_position = tl.minimum(tl.maximum(i_position, 0), P - 1).to(tl.int64)
     p_cos = cos_sin + i_position[:, None] * D + o_d[None, :]
     b_cos = tl.load(p_cos, mask=m, other=0.0)  # [BT, HALF]
@@ -71,15 +77,9 @@ def qk_norm_rope_kernel(
         b_weight_1 = tl.load(p_weight).to(tl.float32)[None, :]
         b_weight_2 = tl.load(p_weight + HALF).to(tl.float32)[None, :]
 
-    p_head = qkv + o_t[:, None] * stride_qt + i_head * D + o_d[None, :]
-    b_next_1 = tl.load(p_head, mask=m, other=0.0)  # [BT, HALF]
-    b_next_2 = tl.load(p_head + HALF, mask=m, other=0.0)  # [BT, HALF]
     for i in tl.static_range(BH):
-        b_1 = b_next_1.to(tl.float32)
-        b_2 = b_next_2.to(tl.float32)
-        if i + 1 < BH:
-            b_next_1 = tl.load(p_head + D, mask=m, other=0.0)
-            b_next_2 = tl.load(p_head + D + HALF, mask=m, other=0.0)
+        b_1 = b_heads[i][0].to(tl.float32)
+        b_2 = b_heads[i][1].to(tl.float32)
         if HAS_NORM:
             b_mean = tl.sum(b_1 * b_1 + b_2 * b_2, axis=1) / D  # [BT]
             b_inverse = 1.0 / tl.sqrt_rn(b_mean + eps)
@@ -87,9 +87,8 @@ def qk_norm_rope_kernel(
             b_2 = b_2 * b_inverse[:, None] * b_weight_2
         b_out_1 = b_1 * b_cos - b_2 * b_sin
         b_out_2 = b_2 * b_cos + b_1 * b_sin
-        tl.store(p_head, b_out_1.to(qkv.dtype.element_ty), mask=m)
-        tl.store(p_head + HALF, b_out_2.to(qkv.dtype.element_ty), mask=m)
-        p_head += D
+        tl.store(p_head + i * D, b_out_1.to(qkv.dtype.element_ty), mask=m)
+        tl.store(p_head + i * D + HALF, b_out_2.to(qkv.dtype.element_ty), mask=m)
 
 
 def heads_per_program(num_heads: int, num_kv_heads: int) -> int:

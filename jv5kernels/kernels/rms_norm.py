@@ -3,6 +3,10 @@
     total = x (+ residual)                       [T, C], fp32 in registers
     out   = total · rsqrt(mean(total²) + eps) · weight
 
+A program takes BT rows, one for each warp, in CHUNKS tiles of [BT, BC]: BC columns are 16 bytes for each
+lane of a warp, so a row's sum stays inside its warp, without shared memory, and rows of 768 need no
+padding. Only rows that would not fit into a warp's registers are spread over all warps.
+
 Traffic: x, residual and both outputs once each; the weight stays in the caches.
 """
 
@@ -12,9 +16,27 @@ import torch
 import triton
 import triton.language as tl
 
-# Elements of a program's tile: rows of 1024 bf16 are taken two at a time.
-TILE_ELEMENTS = 2048
 NUM_WARPS = 4
+# Bytes of a row that one warp loads at a time: 16 for each lane.
+WARP_BYTES = 512
+# Most chunks of a row that one warp holds, 64 values a lane.
+MAX_WARP_CHUNKS = 8
+
+
+@triton.jit
+def load_chunks(p, m_t, o_c, C: tl.constexpr, CHUNKS: tl.constexpr, BC: tl.constexpr):
+    """The columns of some rows as CHUNKS blocks of [BT, BC]; p points to the first of them."""
+    b_chunks = ()
+    for i in tl.static_range(CHUNKS):
+        b_chunks += (tl.load(p + i * BC, mask=m_t & (i * BC + o_c < C), other=0.0),)
+    return b_chunks
+
+
+@triton.jit
+def store_chunks(p, b_chunks, m_t, o_c, C: tl.constexpr, CHUNKS: tl.constexpr, BC: tl.constexpr):
+    """Rounds blocks to the dtype behind p and stores them."""
+    for i in tl.static_range(CHUNKS):
+        tl.store(p + i * BC, b_chunks[i].to(p.dtype.element_ty), mask=m_t & (i * BC + o_c < C))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -29,27 +51,51 @@ def rms_norm_kernel(
     T,
     eps,
     C: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
-    o_c = tl.arange(0, BC)  # [BC]
-    m = (o_t < T)[:, None] & (o_c < C)[None, :]  # [BT, BC]
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]  # [BT, 1]
+    o_c = tl.arange(0, BC)[None, :]  # [1, BC]
+    m_t = o_t < T
+    o_out = o_t * C + o_c
 
-    b_total = tl.load(x + o_t[:, None] * stride_xt + o_c[None, :], mask=m, other=0.0)
-    b_total = b_total.to(tl.float32)
-    o_out = o_t[:, None] * C + o_c[None, :]
+    # All loads before the first store, which the compiler would not move them over.
+    b_x = load_chunks(x + o_t * stride_xt + o_c, m_t, o_c, C, CHUNKS, BC)
     if HAS_RESIDUAL:
-        b_residual = tl.load(residual + o_t[:, None] * stride_rt + o_c[None, :], mask=m, other=0.0)
-        b_total += b_residual.to(tl.float32)
-        tl.store(total + o_out, b_total.to(total.dtype.element_ty), mask=m)
+        b_residual = load_chunks(residual + o_t * stride_rt + o_c, m_t, o_c, C, CHUNKS, BC)
+    # For every row anew: from the L1 cache, where sharing would go through shared memory.
+    b_weight = load_chunks(weight + 0 * o_t + o_c, m_t, o_c, C, CHUNKS, BC)
 
-    b_mean = tl.sum(b_total * b_total, axis=1) / C  # [BT]
-    b_inverse = 1.0 / tl.sqrt_rn(b_mean + eps)
-    b_weight = tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)
-    b_out = b_total * b_inverse[:, None] * b_weight[None, :]
-    tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m)
+    b_totals = ()
+    b_square = tl.zeros([BT, BC], tl.float32)
+    for i in tl.static_range(CHUNKS):
+        b_total = b_x[i].to(tl.float32)
+        if HAS_RESIDUAL:
+            b_total += b_residual[i].to(tl.float32)
+        b_square += b_total * b_total
+        b_totals += (b_total,)
+    if HAS_RESIDUAL:
+        store_chunks(total + o_out, b_totals, m_t, o_c, C, CHUNKS, BC)
+
+    b_mean = tl.sum(b_square, axis=1) / C  # [BT]
+    b_inverse = (1.0 / tl.sqrt_rn(b_mean + eps))[:, None]
+    b_out = ()
+    for i in tl.static_range(CHUNKS):
+        b_out += (b_totals[i] * b_inverse * b_weight[i].to(tl.float32),)
+    store_chunks(out + o_out, b_out, m_t, o_c, C, CHUNKS, BC)
+
+
+def tile(width: int, element_size: int) -> tuple[int, int, int]:
+    """Chunks of a row, rows of a program and columns of a chunk, for rows of `width` values."""
+    columns = WARP_BYTES // element_size
+    if width > MAX_WARP_CHUNKS * columns:
+        columns *= NUM_WARPS
+        return triton.cdiv(width, columns), 1, columns
+    columns = min(columns, triton.next_power_of_2(width))
+    rows = NUM_WARPS * WARP_BYTES // (element_size * columns)
+    return triton.cdiv(width, columns), rows, columns
 
 
 def launch_rms_norm(
@@ -64,8 +110,7 @@ def launch_rms_norm(
     T, C = x.shape
     if T == 0:
         return
-    BC = triton.next_power_of_2(C)
-    BT = max(1, TILE_ELEMENTS // BC)
+    CHUNKS, BT, BC = tile(C, x.element_size())
     rms_norm_kernel[(triton.cdiv(T, BT),)](
         x,
         residual,
@@ -77,6 +122,7 @@ def launch_rms_norm(
         T,
         eps,
         C=C,
+        CHUNKS=CHUNKS,
         BT=BT,
         BC=BC,
         HAS_RESIDUAL=residual is not None,
