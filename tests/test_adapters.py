@@ -107,7 +107,7 @@ def test_merging_leaves_its_inputs_alone(written):
     [
         {"lora_alpha": 24},
         {"lora_alpha": 24, "use_rslora": True},
-        {"alpha_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 64, "mlp.up_proj": 5}},,
+        {"alpha_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 64, "mlp.up_proj": 5}},
         {"alpha_pattern": {r"layers\.[02]\.self_attn\..*": 40}},
         {"alpha_pattern": {"v_proj": 2}, "use_rslora": True},
     ],
