@@ -17,12 +17,15 @@ device class, dtype, head_dim and causal alone: never on what else is packed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 
 LOG2_E = 1.4426950408889634
 # Bytes of keys and values that neighbouring programs may share through the L2 cache.
@@ -32,25 +35,35 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and launch options of one kernel variant."""
+    """Tile sizes and launch options of one kernel variant.
+
+    Args:
+        descriptors: read keys and values through TMA descriptors (sm_90 and later), where they are aligned.
+        warp_specialize: let the compiler give loading to a warp group of its own; on sm_90 that needs
+            descriptors, BM=128 and num_warps=4, and masks every tile, because it splits a single loop only.
+    """
 
     BM: int
     BN: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
+    warp_specialize: bool = False
 
 
-# (device class, bytes of an element, head_dim, causal) -> configuration. All compile without spills for both
-# masks. Rejected on sm_90 for spilling: 2 bytes, head_dim 128: (128, 64, 4, 3) and (64, 128, 4, 2);
-# head_dim 256: (128, 64, 8, 2); 4 bytes, head_dim 128: (32, 32, 8, 1).
+# (device class, bytes of an element, head_dim, causal) -> configuration. Compiled by Triton 3.6 for sm_90 none spills.
+# Rejected on sm_90 for spills: head_dim 256: (128, 64, 8, 2, True), head_dim 128: (128, 64, 4, 3),
+# 4 bytes, head_dim 128: (32, 32, 8, 1). Candidates to time: `python bench/bench_attention.py --sweep`.
 CONFIGS: dict[tuple[str, int, int, bool], Config] = {
     (*key, causal): config
     for causal in (False, True)
     for key, config in {
-        ("sm_90", 2, 32): Config(128, 128, 8, 3),
-        ("sm_90", 2, 64): Config(128, 128, 8, 3),
-        ("sm_90", 2, 128): Config(128, 128, 8, 2),
-        ("sm_90", 2, 256): Config(128, 32, 8, 3),
+        ("sm_90", 2, 32): Config(128, 128, 8, 3, descriptors=True),
+        ("sm_90", 2, 64): Config(
+            128, 64, 8, 3, descriptors=True
+        ),  # 117 registers: two a multiprocessor
+        ("sm_90", 2, 128): Config(128, 128, 8, 2, descriptors=True),
+        ("sm_90", 2, 256): Config(128, 32, 8, 3, descriptors=True),
         ("sm_90", 4, 32): Config(64, 32, 4, 2),
         ("sm_90", 4, 64): Config(64, 32, 8, 2),
         ("sm_90", 4, 128): Config(32, 16, 8, 2),
@@ -81,11 +94,11 @@ def config_for(device: torch.device, dtype: torch.dtype, head_dim: int, causal: 
 
 
 @triton.jit
-def find_sequence(cu_seqlens, slot, B, BLOCK: tl.constexpr):
+def find_sequence(cu_seqlens, slot, B, search_steps, BLOCK: tl.constexpr):
     """The sequence that owns a tile slot: the last i with cu_seqlens[i] // BLOCK + i <= slot."""
     low = 0
     high = B
-    while high - low > 1:
+    for _ in range(search_steps):
         middle = (low + high) // 2
         is_left = tl.load(cu_seqlens + middle) // BLOCK + middle <= slot
         low = tl.where(is_left, middle, low)
@@ -95,10 +108,37 @@ def find_sequence(cu_seqlens, slot, B, BLOCK: tl.constexpr):
 
 @triton.jit
 def exact_dot(a, b):
-    """a · b in fp32 with fp32 inputs kept exact."""
+    """a · b in fp32, with fp32 inputs kept exact."""
     if INTERPRET:  # the interpreter multiplies bf16 bit patterns
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+        a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def load_keys(
+    source,  # descriptor, or pointer to the sequence's first row of the head
+    stride_t,
+    begin,
+    length,
+    first_key,
+    column,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    USE_DESCRIPTORS: tl.constexpr,
+):
+    """Rows first_key … first_key + BN of a sequence's keys or values, zeros after its end (if masked)."""
+    if USE_DESCRIPTORS:
+        b = load_ragged(source, begin, length, [first_key, column])
+    else:
+        o_n = tl.arange(0, BN)[:, None]
+        p = source + first_key * tl.cast(stride_t, tl.int64)
+        p += o_n * stride_t + tl.arange(0, D)[None, :]
+        if IS_MASKED:
+            b = tl.load(p, mask=first_key + o_n < length, other=0.0)
+        else:
+            b = tl.load(p)
+    return b  # [BN, D]
 
 
 @triton.jit
@@ -107,52 +147,46 @@ def attend(
     b_out,  # [BM, D] fp32
     b_max,  # [BM] fp32
     b_sum,  # [BM] fp32
-    k,  # first key of the sequence and head
+    k,
     v,
     stride_kt,
     stride_vt,
+    begin,
+    length,
+    column,
+    first_row,
     start,
     end,
-    first_row,
-    length,
     scale,
     BM: tl.constexpr,
     BN: tl.constexpr,
     D: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     IS_MASKED: tl.constexpr,
+    USE_DESCRIPTORS: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Adds the keys from `start` (a multiple of BN) to `end` to the running softmax of one row tile."""
-    o_d = tl.arange(0, D)
-    o_n = tl.arange(0, BN)
-    o_k = o_n[:, None] * stride_kt + o_d[None, :]  # [BN, D]
-    o_v = o_n[:, None] * stride_vt + o_d[None, :]  # [BN, D]
-    step_k = tl.cast(stride_kt, tl.int64)
-    step_v = tl.cast(stride_vt, tl.int64)
-    for first_key in tl.range(start, end, BN):
-        p_k = k + first_key * step_k + o_k
-        p_v = v + first_key * step_v + o_v
+    for first_key in tl.range(start, end, BN, warp_specialize=WARP_SPECIALIZE):
+        b_k = load_keys(
+            k, stride_kt, begin, length, first_key, column, BN, D, IS_MASKED, USE_DESCRIPTORS
+        )  # [BN, D]
+        b_s = exact_dot(b_q, tl.trans(b_k))  # [BM, BN]
         if IS_MASKED:
-            m_n = first_key + o_n < length  # [BN]
-            b_k = tl.load(p_k, mask=m_n[:, None], other=0.0)  # [BN, D]
-            b_s = exact_dot(b_q, tl.trans(b_k))  # [BM, BN]
-            m_s = m_n[None, :]
+            o_n = first_key + tl.arange(0, BN)
+            m_s = (o_n < length)[None, :]
             if IS_CAUSAL:
-                o_m = first_row + tl.arange(0, BM)
-                m_s = m_s & (o_m[:, None] >= first_key + o_n[None, :])
+                # Rows after the end are not stored, so the diagonal alone bounds the keys.
+                m_s = (first_row + tl.arange(0, BM))[:, None] >= o_n[None, :]
             b_s = tl.where(m_s, b_s, float("-inf"))
-        else:
-            b_k = tl.load(p_k)  # [BN, D]
-            b_s = exact_dot(b_q, tl.trans(b_k))  # [BM, BN]
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale)
         b_p = tl.math.exp2(b_s * scale - b_new_max[:, None])
         b_decay = tl.math.exp2(b_max - b_new_max)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_out = b_out * b_decay[:, None]
-        if IS_MASKED:
-            b_v = tl.load(p_v, mask=m_n[:, None], other=0.0)  # [BN, D]
-        else:
-            b_v = tl.load(p_v)  # [BN, D]
+        b_v = load_keys(
+            v, stride_vt, begin, length, first_key, column, BN, D, IS_MASKED, USE_DESCRIPTORS
+        )  # [BN, D]
         if not INTERPRET:  # the interpreter truncates instead of rounding
             b_p = b_p.to(b_v.dtype)
         b_out += exact_dot(b_p, b_v)
@@ -160,11 +194,11 @@ def attend(
     return b_out, b_max, b_sum
 
 
-@triton.jit(do_not_specialize=["slots", "B", "section"])
+@triton.jit(do_not_specialize=["slots", "B", "search_steps", "section"])
 def attention_kernel(
     q,  # [T, HQ, D]
-    k,  # [T, HQ // GROUP, D]
-    v,  # [T, HQ // GROUP, D]
+    k,  # [T, HQ // GROUP, D], or a ragged descriptor of [T, HQ // GROUP * D]
+    v,  # [T, HQ // GROUP, D], likewise
     out,  # [T, HQ, D], contiguous
     cu_seqlens,  # [B + 1]
     stride_qt,
@@ -176,6 +210,7 @@ def attention_kernel(
     scale,  # softmax_scale · log2(e)
     slots,
     B,
+    search_steps,
     section,  # query heads taken together
     HQ: tl.constexpr,
     GROUP: tl.constexpr,
@@ -183,47 +218,63 @@ def attention_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    USE_DESCRIPTORS: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     program = tl.program_id(0)
     slot = program // section % slots
     i_h = program // section // slots * section + program % section
-    i_b = find_sequence(cu_seqlens, slot, B, BM)
+    i_b = find_sequence(cu_seqlens, slot, B, search_steps, BM)
     begin = tl.load(cu_seqlens + i_b)
     length = tl.load(cu_seqlens + i_b + 1) - begin
     i_m = tl.cdiv(length, BM) - 1 - (slot - begin // BM - i_b)
-    if i_m < 0:
+    rows = tl.maximum(length, 1)  # a descriptor has at least one
+    if WARP_SPECIALIZE:
+        # No early return: a slot without rows reads only zeros after the end and loops zero times.
+        length = tl.where(i_m < 0, 0, length)
+        i_m = tl.where(i_m < 0, tl.cdiv(rows, BM), i_m)
+    elif i_m < 0:
         return
 
     first_row = i_m * BM
     o_d = tl.arange(0, D)
     o_m = first_row + tl.arange(0, BM)  # [BM]
     m_m = (o_m < length)[:, None]
-    token = begin.to(tl.int64)
-    q += token * stride_qt + i_h.to(tl.int64) * stride_qh
-    k += token * stride_kt + (i_h // GROUP).to(tl.int64) * stride_kh
-    v += token * stride_vt + (i_h // GROUP).to(tl.int64) * stride_vh
-    o_row = o_m.to(tl.int64)[:, None]
-    b_q = tl.load(q + o_row * stride_qt + o_d[None, :], mask=m_m, other=0.0)  # [BM, D]
+    o_row = begin.to(tl.int64) + o_m[:, None]
+    q += begin.to(tl.int64) * stride_qt + i_h * tl.cast(stride_qh, tl.int64)
+    if WARP_SPECIALIZE:
+        # A descriptor made here and not on the host: the compiler halves its block for two warp groups.
+        d_q = tl.make_tensor_descriptor(q, [rows, D], [stride_qt, 1], [BM, D])
+        b_q = d_q.load([first_row, 0])  # [BM, D]
+    else:
+        p_q = q + o_m[:, None] * tl.cast(stride_qt, tl.int64) + o_d[None, :]
+        b_q = tl.load(p_q, mask=m_m, other=0.0)  # [BM, D]
+    if not USE_DESCRIPTORS:
+        k += begin.to(tl.int64) * stride_kt + (i_h // GROUP) * tl.cast(stride_kh, tl.int64)
+        v += begin.to(tl.int64) * stride_vt + (i_h // GROUP) * tl.cast(stride_vh, tl.int64)
 
     b_out = tl.zeros([BM, D], tl.float32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
+    column = i_h // GROUP * D
+    end = length
+    unmasked = length // BN * BN
     if IS_CAUSAL:
-        unmasked = first_row // BN * BN
         end = tl.minimum(first_row + BM, length)
+        unmasked = first_row // BN * BN
+    if WARP_SPECIALIZE:  # of one loop only
+        unmasked = 0
     else:
-        unmasked = length // BN * BN
-        end = length
+        b_out, b_max, b_sum = attend(
+            b_q, b_out, b_max, b_sum, k, v, stride_kt, stride_vt, begin, length, column, first_row,
+            0, unmasked, scale, BM, BN, D, IS_CAUSAL, False, USE_DESCRIPTORS, False,
+        )  # fmt: skip
     b_out, b_max, b_sum = attend(
-        b_q, b_out, b_max, b_sum, k, v, stride_kt, stride_vt, 0, unmasked, first_row, length,
-        scale, BM, BN, D, IS_CAUSAL, IS_MASKED=False,
-    )  # fmt: skip
-    b_out, b_max, b_sum = attend(
-        b_q, b_out, b_max, b_sum, k, v, stride_kt, stride_vt, unmasked, end, first_row, length,
-        scale, BM, BN, D, IS_CAUSAL, IS_MASKED=True,
+        b_q, b_out, b_max, b_sum, k, v, stride_kt, stride_vt, begin, length, column, first_row,
+        unmasked, end, scale, BM, BN, D, IS_CAUSAL, True, USE_DESCRIPTORS, WARP_SPECIALIZE,
     )  # fmt: skip
     b_out = b_out / b_sum[:, None]
-    p_out = out + (token + o_row) * (HQ * D) + i_h * D + o_d[None, :]
+    p_out = out + o_row * (HQ * D) + i_h * D + o_d[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m)
 
 
@@ -236,6 +287,30 @@ def heads_together(heads: int, kv_heads: int, max_seqlen: int, key_bytes: int) -
     fitting = max(1, L2_SHARE // max(1, max_seqlen * key_bytes))
     divisor = max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= fitting)
     return divisor * (heads // kv_heads)
+
+
+def search_steps(sequences: int) -> int:
+    """How many halvings find one of so many sequences."""
+    return max(sequences - 1, 0).bit_length()
+
+
+def fits_descriptor(x: torch.Tensor) -> bool:
+    """Whether the rows of x (T, H, D) can be read through a TMA descriptor."""
+    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return is_aligned and x.stride(1) == x.shape[2]
+
+
+def run_with_scratch(launch: Callable[[], object], device: torch.device) -> None:
+    """Launches a kernel that makes descriptors, for which Triton asks an allocator of the calling context."""
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    def launch_here() -> None:
+        triton.set_allocator(allocate)
+        launch()
+
+    copy_context().run(launch_here)
 
 
 def launch_attention(
@@ -256,11 +331,16 @@ def launch_attention(
     if T == 0:
         return
     config = config or config_for(q.device, q.dtype, D, causal)
+    use_descriptors = config.descriptors and all(map(fits_descriptor, (q, k, v)))
+    keys, values = k, v
+    if use_descriptors:
+        keys, values = (create_ragged_descriptor(x.flatten(1), [config.BN, D]) for x in (k, v))
     slots = T // config.BM + B
-    attention_kernel[(slots * HQ,)](
+    launch = partial(
+        attention_kernel[(slots * HQ,)],
         q,
-        k,
-        v,
+        keys,
+        values,
         out,
         cu_seqlens,
         q.stride(0),
@@ -272,6 +352,7 @@ def launch_attention(
         softmax_scale * LOG2_E,
         slots,
         B,
+        search_steps(B),
         heads_together(HQ, HKV, max_seqlen, 2 * D * k.element_size()),
         HQ=HQ,
         GROUP=HQ // HKV,
@@ -279,6 +360,12 @@ def launch_attention(
         BM=config.BM,
         BN=config.BN,
         IS_CAUSAL=causal,
+        USE_DESCRIPTORS=use_descriptors,
+        WARP_SPECIALIZE=config.warp_specialize and use_descriptors,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    if config.warp_specialize and use_descriptors:
+        run_with_scratch(launch, q.device)
+    else:
+        launch()

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from jv5kernels.kernels.attention import LOG2_E, attend, find_sequence
+from jv5kernels.kernels.attention import LOG2_E, attend, find_sequence, search_steps
 
 SPLIT = 512
 # Partial results that the second kernel takes at a time.
@@ -45,7 +45,7 @@ def visible_keys(cu_seqlens, query_positions, i_b, HAS_POSITIONS: tl.constexpr):
     return begin, tl.maximum(keys, 0)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "steps"])
 def attention_pooled_kernel(
     q,  # [B, HKV * GROUP, D]
     k,  # [T, HKV, D]
@@ -64,6 +64,7 @@ def attention_pooled_kernel(
     stride_vh,
     scale,  # softmax_scale · log2(e)
     B,
+    steps,  # of the search for a sequence
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -74,7 +75,7 @@ def attention_pooled_kernel(
 ):
     i_h = tl.program_id(0) % HKV
     slot = tl.program_id(0) // HKV
-    i_b = find_sequence(cu_seqlens, slot, B, SPLIT)
+    i_b = find_sequence(cu_seqlens, slot, B, steps, SPLIT)
     begin, keys = visible_keys(cu_seqlens, query_positions, i_b, HAS_POSITIONS)
     i_s = slot - begin // SPLIT - i_b
     if (i_s > 0) & (i_s * SPLIT >= keys):
@@ -96,12 +97,12 @@ def attention_pooled_kernel(
     end = tl.minimum(start + SPLIT, keys)
     unmasked = end // BN * BN
     b_out, b_max, b_sum = attend(
-        b_q, b_out, b_max, b_sum, k, v, stride_kt, stride_vt, start, unmasked, 0, keys,
-        scale, BG, BN, D, IS_CAUSAL=False, IS_MASKED=False,
+        b_q, b_out, b_max, b_sum, k, v, stride_kt, stride_vt, begin, keys, 0, 0,
+        start, unmasked, scale, BG, BN, D, False, False, False, False,
     )  # fmt: skip
     b_out, b_max, b_sum = attend(
-        b_q, b_out, b_max, b_sum, k, v, stride_kt, stride_vt, unmasked, end, 0, keys,
-        scale, BG, BN, D, IS_CAUSAL=False, IS_MASKED=True,
+        b_q, b_out, b_max, b_sum, k, v, stride_kt, stride_vt, begin, keys, 0, 0,
+        unmasked, end, scale, BG, BN, D, False, True, False, False,
     )  # fmt: skip
 
     o_h = i_h * GROUP + o_g  # [BG]
@@ -203,6 +204,7 @@ def launch_attention_pooled(
         v.stride(1),
         softmax_scale * LOG2_E,
         B,
+        search_steps(B),
         HKV=HKV,
         GROUP=HQ // HKV,
         D=D,
