@@ -169,6 +169,7 @@ class PackedBackbone:
     def forward(self, batch: PackedBatch) -> Tensor:
         """Returns the hidden states of all tokens after the final norm, (T, C)."""
         y, residual = self._run_layers(batch, self.layers)
+        assert y is not None  # there is at least one layer
         return add_rms_norm(y, residual, self.norm_weight, self.spec.rms_norm_eps)[0]
 
     def forward_pooled(self, batch: PackedBatch, pooling: str) -> tuple[Tensor, Tensor]:
@@ -182,6 +183,7 @@ class PackedBackbone:
         """
         if pooling == "mean":
             y, residual = self._run_layers(batch, self.layers)
+            assert y is not None
             return y.add_(residual), batch.cu_seqlens
         y, residual = self._run_layers(batch, self.layers[:-1])
         rows = batch.cu_seqlens[1:] - 1 if pooling == "lasttoken" else batch.cu_seqlens[:-1]

@@ -12,6 +12,7 @@ from torch import Tensor
 from jv5kernels.adapters import merge_adapter
 from jv5kernels.backbone import PackedBackbone, fuse_layer
 from jv5kernels.checkpoint import Checkpoint
+from jv5kernels.live_model import LiveModel
 from jv5kernels.ops.qk_norm_rope import rope_table
 
 
@@ -19,14 +20,14 @@ class CheckpointBackbones:
     """Loads a checkpoint's weights and merges adapters into them (in fp32, rounded once).
 
     Args:
-        checkpoint: an opened checkpoint.
+        checkpoint: an opened checkpoint, or a live model (its weights are copied).
         device, dtype: where and in what to compute.
         attention, batch_invariant: as in `PackedBackbone`.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | LiveModel,
         *,
         device: torch.device,
         dtype: torch.dtype,

@@ -103,7 +103,10 @@ def _summary(out: EmbeddingFile, encoder: FastEncoder, rows: int, seconds: float
 
 def _identity(encoder: FastEncoder) -> dict[str, Any]:
     """What the embeddings depend on beside the options of the call."""
+    from jv5kernels.checkpoint import Checkpoint
+
     checkpoint = encoder.checkpoint
+    assert isinstance(checkpoint, Checkpoint)  # the command line opens no live models
     local = checkpoint.revision is None
     return {
         "model": str(checkpoint.folder.resolve()) if local else checkpoint.source,

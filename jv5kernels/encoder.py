@@ -20,6 +20,7 @@ from jv5kernels.backbone import PackedBackbone
 from jv5kernels.backbones import CheckpointBackbones
 from jv5kernels.checkpoint import Checkpoint, open_checkpoint
 from jv5kernels.device import resolve_device, resolve_dtype
+from jv5kernels.live_model import LiveModel, open_live
 from jv5kernels.memory import MemoryModel, default_token_budget, memory_model
 from jv5kernels.output import (
     OutputFormat,
@@ -27,22 +28,30 @@ from jv5kernels.output import (
     check_pooling,
     check_precision,
     check_ranges,
+    embed_batch,
+    embed_batch_tokens,
 )
 from jv5kernels.packing import PackedBatch
 from jv5kernels.pipeline import Limits, Pipeline, Statistics
 from jv5kernels.tokenization import Tokenization, resolve_prompt
+
+# From a batch to its values and the flags of rows that are not finite.
+Step = Callable[[PackedBackbone, PackedBatch], tuple[Any, Tensor]]
 
 
 class FastEncoder:
     """Encodes texts with a jina-embeddings-v5-text checkpoint, or any Qwen3 or EuroBERT embedding checkpoint.
 
     Args:
-        model: a hub id, or a folder with the checkpoint's files.
+        model: a hub id, a folder with the checkpoint's files, or a live model: a SentenceTransformer, the v5 remote
+            class, a PeftModel, a Qwen3Model or EuroBertModel. A live model's weights are copied as they are now;
+            `patch` speeds up a live model without a copy.
         task: adapter to use when a call names none (base repositories: "retrieval", "text-matching", "clustering",
             "classification"); the call must name one if it is None.
+        tokenizer: for a live model that carries none: a fast tokenizer, or the path of a tokenizer.json.
         revision, token, cache_dir, local_files_only: as in huggingface_hub; every file comes from the same revision.
-        device: default "cuda" where there is one, otherwise "cpu".
-        dtype: compute dtype; default bfloat16 on CUDA, float32 on the CPU.
+        device: default "cuda" where there is one, otherwise "cpu"; a live model's own.
+        dtype: compute dtype; default bfloat16 on CUDA, float32 on the CPU; a live model's own.
         attention: implementation of `ops.attention_varlen`: "auto", "triton", "sdpa", "flash_attn" or "torch".
         max_seq_length: tokens a text, special tokens included; default the checkpoint's, at most its positions.
         pooling: "lasttoken", "mean" or "cls"; default what the checkpoint states.
@@ -66,9 +75,10 @@ class FastEncoder:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | torch.nn.Module,
         *,
         task: str | None = None,
+        tokenizer: Any = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -87,15 +97,24 @@ class FastEncoder:
     ) -> None:
         if on_overlong not in ("truncate", "error"):
             raise ValueError(f"on_overlong={on_overlong!r}: choose 'truncate' or 'error'")
+        self.checkpoint: Checkpoint | LiveModel
+        if isinstance(model, torch.nn.Module):
+            self.checkpoint = open_live(model, tokenizer=tokenizer)
+            device = self.checkpoint.device if device is None else device
+            dtype = self.checkpoint.torch_dtype if dtype is None else dtype
+            task = self.checkpoint.default_task if task is None else task
+        elif tokenizer is not None:
+            raise ValueError("tokenizer= is for live models: a checkpoint brings its own")
+        else:
+            self.checkpoint = open_checkpoint(
+                model,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        self.checkpoint: Checkpoint = open_checkpoint(
-            model,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
         self.spec = self.checkpoint.spec
         self.tasks = self.checkpoint.tasks
         self.task = self._check_task(task) if task is not None else None
@@ -185,7 +204,7 @@ class FastEncoder:
         if output_value == "token_embeddings":
             tokens: dict[int, Tensor] = {}
             run(
-                _embed_tokens,
+                embed_batch_tokens,
                 lambda rows, found: tokens.update(zip(rows, found, strict=True)),
                 keep_on_device=True,
             )
@@ -201,7 +220,7 @@ class FastEncoder:
         def store(rows: np.ndarray, values: Tensor) -> None:
             result[torch.from_numpy(rows).to(device)] = values
 
-        run(partial(_embed, output), store, keep_on_device=convert_to_tensor)
+        run(partial(embed_batch, output), store, keep_on_device=convert_to_tensor)
         if convert_to_tensor or output.dtype == torch.bfloat16:
             return result[0] if single else result
         if convert_to_numpy:
@@ -320,7 +339,7 @@ class FastEncoder:
         texts: Sequence[str],
         tasks: Sequence[str | None],
         limits: Limits,
-        step: Callable[[PackedBackbone, PackedBatch], tuple[Any, Tensor]],
+        step: Step,
         store: Callable[[np.ndarray, Any], None],
         *,
         show_progress_bar: bool,
@@ -338,37 +357,24 @@ class FastEncoder:
                     self._tokenization,
                     self.device,
                     partial(step, self._backbones.get(task)),
-                    lambda batch, task=task: step(self._backbones.in_float32(task), batch),
+                    partial(self._step_in_float32, step, task),
                     store,
                     limits=limits,
                     statistics=self.statistics,
                     keep_on_device=keep_on_device,
                     progress=bar.update,
                 )
-                truncated += pipeline.run([texts[row] for row in rows], rows)
+                truncated += pipeline.run([texts[int(row)] for row in rows], rows)
         if truncated:
             warnings.warn(
                 f"{truncated} of {len(texts)} texts were longer than {limits.max_length} tokens and were cut",
                 stacklevel=4,
             )
 
-
-def _embed(
-    output: OutputFormat, backbone: PackedBackbone, batch: PackedBatch
-) -> tuple[Tensor, Tensor]:
-    """One batch from token ids to embeddings."""
-    hidden, cu_seqlens = backbone.forward_pooled(batch, output.pooling)
-    return output.apply(hidden, cu_seqlens, backbone.norm_weight, backbone.spec.rms_norm_eps)
-
-
-def _embed_tokens(
-    backbone: PackedBackbone, batch: PackedBatch
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """One batch from token ids to every token's final hidden state, split by text, and flags as in `_embed`."""
-    hidden = backbone.forward(batch)
-    ends = torch.cat([batch.cu_seqlens.new_zeros(1), (~hidden.isfinite()).any(1).cumsum(0)])
-    bad = ends[batch.cu_seqlens.long()].diff() > 0
-    return hidden.split(batch.cu_seqlens.diff().tolist()), bad.to(torch.uint8)
+    def _step_in_float32(
+        self, step: Step, task: str | None, batch: PackedBatch
+    ) -> tuple[Any, Tensor]:
+        return step(self._backbones.in_float32(task), batch)
 
 
 def check_texts(texts: Sequence[str]) -> list[str]:

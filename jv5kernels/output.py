@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jv5kernels.backbone import PackedBackbone
 from jv5kernels.ops.embed_output import embed_output
 from jv5kernels.ops.quantize import quantize_binary, quantize_int8
+from jv5kernels.packing import PackedBatch
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -140,3 +142,21 @@ def check_ranges(
     if tensor.shape != (2, dim):
         raise ValueError(f"ranges must have shape (2, {dim}), not {tuple(tensor.shape)}")
     return tensor
+
+
+def embed_batch(
+    output: OutputFormat, backbone: PackedBackbone, batch: PackedBatch
+) -> tuple[Tensor, Tensor]:
+    """One batch from token ids to embeddings."""
+    hidden, cu_seqlens = backbone.forward_pooled(batch, output.pooling)
+    return output.apply(hidden, cu_seqlens, backbone.norm_weight, backbone.spec.rms_norm_eps)
+
+
+def embed_batch_tokens(
+    backbone: PackedBackbone, batch: PackedBatch
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """One batch from token ids to every token's final hidden state, split by text, and flags as in `embed_batch`."""
+    hidden = backbone.forward(batch)
+    ends = torch.cat([batch.cu_seqlens.new_zeros(1), (~hidden.isfinite()).any(1).cumsum(0)])
+    bad = ends[batch.cu_seqlens.long()].diff() > 0
+    return hidden.split(batch.cu_seqlens.diff().tolist()), bad.to(torch.uint8)

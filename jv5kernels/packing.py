@@ -97,8 +97,14 @@ def pack(
     total = int(cu_seqlens[-1])
     input_ids = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int32)
     positions = np.arange(total, dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
-    tensors = _to_device([input_ids, positions, cu_seqlens], torch.device(device))
-    return PackedBatch(*tensors, max_seqlen=int(lengths.max(initial=0)), rows=np.asarray(rows))
+    on_device = _to_device([input_ids, positions, cu_seqlens], torch.device(device))
+    return PackedBatch(
+        input_ids=on_device[0],
+        positions=on_device[1],
+        cu_seqlens=on_device[2],
+        max_seqlen=int(lengths.max(initial=0)),
+        rows=np.asarray(rows),
+    )
 
 
 def _to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:

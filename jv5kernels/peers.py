@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jv5kernels.checkpoint import Checkpoint
+from jv5kernels.checkpoint import Checkpoint
 from jv5kernels.reference import load_reference
 
 if TYPE_CHECKING:
@@ -28,12 +30,13 @@ __all__ = ["TransformersPeer", "merged_reference", "sentence_transformers_peer"]
 
 def merged_reference(encoder: FastEncoder, task: str | None) -> Any:
     """The Transformers model of an encoder's checkpoint, adapter merged, in its dtype on its device."""
-    model: Any = load_reference(
-        encoder.checkpoint, task, dtype=encoder.dtype, device=str(encoder.device)
-    )
-    model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    model.config.use_cache = False
-    return model
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    checkpoint = encoder.checkpoint
+    assert isinstance(checkpoint, Checkpoint)  # the command line opens no live models
+    model: Any = load_reference(checkpoint, task, dtype=encoder.dtype, device=encoder.device)
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 class TransformersPeer:

@@ -1,7 +1,7 @@
 """Checkpoints with random weights in the real layouts: for tests, benches and the demo.
 
-Activations neither die nor explode: linear layers have standard deviation 1/√fan_in, embeddings 1, norms lie near 1,
-and an adapter changes every matrix by about 15 %. A base repository and a merged sibling of the same seed agree: the
+Activations neither die nor explode: linear layers have standard deviation 1/√fan_in, those that end a branch are
+smaller by √(2·layers), embeddings have 1, norms lie near 1, and an adapter changes every matrix by about 15 %. A base repository and a merged sibling of the same seed agree: the
 sibling holds the same weights with that task's adapter merged in fp32.
 """
 
@@ -154,13 +154,13 @@ def random_weights(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """Returns canonical name -> random tensor, made on the device; values depend on seed, name and shape alone."""
+    """Returns canonical name -> random tensor, made on the device; the same for the same seed and spec."""
 
     def draw(name: str, shape: tuple[int, ...]) -> Tensor:
         normal = _normal(f"{seed}/{name}", shape, device)
         if len(shape) == 1:
             return normal.mul_(0.1).add_(1).to(dtype)
-        spread = 1.0 if name == "embed_tokens.weight" else 1 / math.sqrt(shape[1])
+        spread = 1.0 if name == "embed_tokens.weight" else _spread(spec, name, shape[1])
         return normal.mul_(spread).to(dtype)
 
     return {name: draw(name, shape) for name, shape in spec.tensor_shapes().items()}
@@ -186,7 +186,7 @@ def random_adapter(
         a = _normal(f"{seed}/{task}/{name}/A", (rank, shape[1]), device)
         b = _normal(f"{seed}/{task}/{name}/B", (shape[0], rank), device)
         a.mul_(1 / math.sqrt(shape[1]))
-        b.mul_(ADAPTER_STRENGTH / math.sqrt(rank))
+        b.mul_(ADAPTER_STRENGTH * _spread(spec, name, shape[1]) * math.sqrt(shape[1] / rank))
         return LoraPair(a.to(dtype), b.to(dtype), 1.0)
 
     return LoraAdapter(
@@ -213,6 +213,15 @@ def _fit_vocabulary(sizes: dict[str, Any], tokenizer: Tokenizer) -> None:
 def _spec(config: Mapping[str, Any]) -> ModelSpec:
     is_nano = config["model_type"] == "eurobert" or config.get("is_decoder") is False
     return ModelSpec.from_config(config, () if is_nano else ("layers.0.self_attn.q_norm.weight",))
+
+
+def _spread(spec: ModelSpec, name: str, fan_in: int) -> float:
+    """Standard deviation of a linear layer's weights."""
+    spread = 1 / math.sqrt(fan_in)
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        # As GPT-2 is initialised: 2·layers branches together add about as much as the embedding.
+        spread /= math.sqrt(2 * spec.num_layers)
+    return spread
 
 
 def _normal(key: str, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
