@@ -1,8 +1,9 @@
 """Checkpoints with random weights in the real layouts: for tests, benches and the demo.
 
 Activations neither die nor explode: linear layers have standard deviation 1/√fan_in, those that end a branch are
-smaller by √(2·layers), embeddings have 1, norms lie near 1, and an adapter changes every matrix by about 15 %. A base repository and a merged sibling of the same seed agree: the
-sibling holds the same weights with that task's adapter merged in fp32.
+smaller by √(2·layers), embeddings have 1, norms lie near 1, and an adapter changes every matrix by about 15 %. A base
+repository and a merged sibling of the same seed agree: the sibling holds the same weights with that task's adapter
+merged in fp32.
 """
 
 from __future__ import annotations

@@ -113,11 +113,12 @@ def test_activations_neither_die_nor_explode(family, tmp_path):
     ids = reference_tokenizer(checkpoint)(" ".join(TEXTS), return_tensors="pt")["input_ids"]
     states = model(input_ids=ids, output_hidden_states=True).hidden_states
     sizes = [float(state.square().mean().sqrt()) for state in states[:-1]]
-    assert all(0.5 < size < 20 for size in sizes), sizes
+    assert all(0.9 < size < 3 for size in sizes), sizes
     assert sizes[-1] > 1.05 * sizes[0]
     embeddings = torch.tensor(reference_embeddings(model, checkpoint, TEXTS))
     similarity = (embeddings @ embeddings.T).fill_diagonal_(0)
-    assert similarity.abs().max() < 0.9
+    # The last token of nano is the same for all texts, so its embedding is a large part of theirs.
+    assert similarity.abs().max() < (0.3 if family == "small" else 0.97)
 
 
 def test_adapters_change_every_matrix_by_a_good_tenth():
@@ -128,17 +129,15 @@ def test_adapters_change_every_matrix_by_a_good_tenth():
         assert 0.1 < (merged - weights[name]).norm() / weights[name].norm() < 0.2
 
 
-def test_random_weights_depend_on_seed_and_name_alone():
-    spec = narrow("nano", 2)
+def test_random_weights_depend_on_seed_and_name():
+    spec = narrow("nano", 1)
     weights = random_weights(spec, seed=7)
-    fewer = random_weights(narrow("nano", 1), seed=7)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in fewer.items())
     name, sibling = "layers.0.mlp.up_proj.weight", "layers.0.mlp.gate_proj.weight"
     assert not torch.equal(weights[name], weights[sibling])
     assert not torch.equal(weights[name], random_weights(spec, seed=8)[name])
-    assert torch.equal(
-        random_weights(spec, seed=7, dtype=torch.bfloat16)[name], weights[name].bfloat16()
-    )
+    assert torch.equal(weights[name], random_weights(narrow("nano", 2), seed=7)[name])
+    rounded = random_weights(spec, seed=7, dtype=torch.bfloat16)
+    assert torch.equal(rounded[name], weights[name].bfloat16())
 
 
 @pytest.mark.gpu
@@ -147,7 +146,7 @@ def test_random_weights_on_the_gpu():
     weights = random_weights(spec, dtype=torch.bfloat16, device="cuda")
     assert all(tensor.is_cuda and tensor.dtype == torch.bfloat16 for tensor in weights.values())
     assert {n: tuple(t.shape) for n, t in weights.items()} == spec.tensor_shapes()
-    spread = weights["layers.0.mlp.down_proj.weight"].float().std() * 3072**0.5
+    spread = weights["layers.0.mlp.up_proj.weight"].float().std() * 1024**0.5
     assert float(spread) == pytest.approx(1, abs=0.01)
 
 
