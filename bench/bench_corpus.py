@@ -25,8 +25,10 @@ import torch
 from harness import record, write_records
 
 from jv5kernels import FastEncoder
-from jv5kernels.demo import DEMO_GEOMETRY, standard_library_texts
-from jv5kernels.synthetic import REAL_GEOMETRY, write_checkpoint
+from jv5kernels.demo import GEOMETRY
+from jv5kernels.stdlib_texts import standard_library_texts
+from jv5kernels.synthetic import write_checkpoint
+from jv5kernels.synthetic_layout import REAL_GEOMETRY
 
 COUNT = 4000
 MEDIAN_TOKENS, SIGMA, LONGEST_TOKENS = 180, 1.02, 8192
@@ -118,12 +120,15 @@ def main() -> None:
     arguments = parser.parse_args()
     device = arguments.device
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    sources = read_texts(arguments.texts) if arguments.texts else standard_library_texts()
+    documents = (
+        standard_library_texts() if device == "cpu" else standard_library_texts(20_000, 1_000)
+    )
+    sources = read_texts(arguments.texts) if arguments.texts else [d.text for d in documents]
     records = []
     with tempfile.TemporaryDirectory() as root:
         if device == "cpu":
             folder = write_checkpoint(
-                Path(root) / "demo", family="small", layout="merged", geometry=DEMO_GEOMETRY
+                Path(root) / "demo", family="small", layout="merged", geometry=GEOMETRY
             )
             records += bench(folder, sources, "demo model, standard library docstrings", "cpu")
         else:
