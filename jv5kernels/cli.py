@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,23 +19,45 @@ from jv5kernels.arguments import STANDARD_OUTPUT, parser
 
 __all__ = ["main"]
 
+Command = Callable[[argparse.Namespace], int]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     options = parser().parse_args(arguments)
     command = COMMANDS[options.name]
-    if options.debug:
-        return command(options)
+    with warnings.catch_warnings():
+        _quiet_libraries()
+        if options.debug:
+            return command(options)
+        return _run(command, options)
+
+
+def _run(command: Command, options: argparse.Namespace) -> int:
     try:
         return command(options)
     except KeyboardInterrupt as interrupt:
         return _report("\ninterrupted", interrupt, 130)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         return _report(f"jv5kernels {options.name}: error", error, 2)
     except (FloatingPointError, MemoryError, RuntimeError) as error:
         if not _is_about_the_machine(error):
             raise
         return _report(f"jv5kernels {options.name}", error, 1)
+
+
+def _quiet_libraries() -> None:
+    """Our warnings take one line; what other libraries deprecate is not for this command's user."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("torch", "transformers", "peft", "sentence_transformers"):
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=library)
+
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"jv5kernels: warning: {message}", file=sys.stderr)
 
 
 def _report(prefix: str, error: BaseException, code: int) -> int:
@@ -77,7 +101,8 @@ def _encode(options: argparse.Namespace) -> int:
         "truncate_dim": options.truncate_dim,
         "ranges": options.ranges,
     }
-    job = Job(corpus, out, _encoder_options(options), call, options.block, not options.no_progress)
+    encoder = {"model": options.model, **_encoder_options(options)}
+    job = Job(corpus, out, encoder, call, options.block, not options.no_progress)
     try:
         print(encode_corpus(job), file=sys.stderr)
     except (Exception, KeyboardInterrupt) as error:
@@ -108,7 +133,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from jv5kernels.demo import TASK, demo_checkpoint, documents_for
     from jv5kernels.encoder import FastEncoder
-    from jv5kernels.quickbench import compare, render
+    from jv5kernels.quickbench import compare, render, shown
     from jv5kernels.stdlib_texts import standard_library_texts
 
     model = options.model or str(demo_checkpoint())
@@ -134,7 +159,7 @@ def _bench(options: argparse.Namespace) -> int:
         worst = min(result.cosine_min for result in comparison.results)
         return _report(
             "jv5kernels bench",
-            ValueError(f"embeddings disagree: cosine {worst:.7f}, no speed given"),
+            ValueError(f"embeddings disagree: cosine {shown(worst)}, no speed given"),
             1,
         )
     return 0
@@ -206,7 +231,7 @@ def _write_json(path: Path | None, value: Any) -> None:
         path.write_text(text, "utf-8")
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+COMMANDS: dict[str, Command] = {
     "encode": _encode,
     "verify": _verify,
     "bench": _bench,

@@ -15,7 +15,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={str(device)!r}: choose 'cuda' or 'cpu'") from error
     if resolved.type == "cpu":
         return resolved
     if resolved.type != "cuda":

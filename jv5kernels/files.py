@@ -207,6 +207,7 @@ class EmbeddingFile:
         self.run: dict[str, Any] = {}
         self.rows = 0
         self._file: BinaryIO | None = None
+        self._begun = False
         self._digest = hashlib.blake2b(digest_size=16)
         unfinished = self.part.exists() and self.journal_path.exists()
         if not overwrite:
@@ -238,7 +239,7 @@ class EmbeddingFile:
     @property
     def started(self) -> bool:
         """Whether there is a part file with its journal, so that the run can be continued."""
-        return self._file is not None or self._journal is not None
+        return self._begun or self._journal is not None
 
     def require(self, **facts: Any) -> None:
         """Records facts that the embeddings depend on; when resuming, they must be those of the run.
@@ -304,6 +305,7 @@ class EmbeddingFile:
             self._file.seek(0, os.SEEK_END)
             self.format.start(width, self.dtype)
         self._commit()
+        self._begun = True
 
     def append(self, records: Sequence[Record], embeddings: np.ndarray) -> None:
         """Adds one block: when it returns, the rows survive whatever happens to the process."""

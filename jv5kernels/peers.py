@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from jv5kernels.checkpoint import Checkpoint
-from jv5kernels.checkpoint import Checkpoint
 from jv5kernels.reference import load_reference
 
 if TYPE_CHECKING:

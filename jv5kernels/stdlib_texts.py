@@ -6,6 +6,7 @@ import ast
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 __all__ = ["Document", "standard_library_texts"]
@@ -20,7 +21,7 @@ MODULES = (
     "statistics string struct subprocess symtable sysconfig tarfile tempfile textwrap threading timeit tokenize trace "
     "traceback turtle types typing unittest urllib uuid warnings wave weakref webbrowser xml zipapp zipfile"
 ).split()
-SHORTEST, LONGEST = 60, 16_000  # characters
+SHORTEST, LONGEST = 60, 8_000  # characters
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,17 @@ class Document:
     text: str
 
 
-def standard_library_texts(docstrings: int = 320, topics: int = 24) -> list[Document]:
+def standard_library_texts(docstrings: int = 240, topics: int = 6) -> list[Document]:
     """Returns documents of mixed lengths, the same ones on every call with the same Python.
 
     Args:
         docstrings: how many docstrings of modules, classes and functions (mostly one sentence to a page).
         topics: how many chapters of the interactive help (one to several pages).
     """
-    return _spread(list(_docstrings()), docstrings) + _spread(list(_topics()), topics)
+    return _spread(_docstrings(), docstrings) + _spread(tuple(_topics()), topics)
 
 
-def _spread(documents: list[Document], count: int) -> list[Document]:
+def _spread(documents: tuple[Document, ...], count: int) -> list[Document]:
     """`count` documents, evenly spaced, without repeated or extreme texts."""
     texts = {d.text: d for d in documents if SHORTEST <= len(d.text) <= LONGEST}
     kept = sorted(texts.values(), key=lambda d: d.name)
@@ -50,14 +51,17 @@ def _spread(documents: list[Document], count: int) -> list[Document]:
     return [kept[i * len(kept) // count] for i in range(count)]
 
 
-def _docstrings() -> Iterator[Document]:
+@cache
+def _docstrings() -> tuple[Document, ...]:
+    """All docstrings of the modules; parsing these takes a second or two, so it is done once."""
     library = Path(sysconfig.get_paths()["stdlib"])
+    found: list[Document] = []
     for module in MODULES:
         path = library / f"{module}.py"
         path = path if path.is_file() else library / module / "__init__.py"
         if path.is_file():
-            tree = ast.parse(path.read_bytes())
-            yield from _in_body(tree, module)
+            found.extend(_in_body(ast.parse(path.read_bytes()), module))
+    return tuple(found)
 
 
 def _in_body(node: ast.Module | ast.ClassDef | ast.FunctionDef, name: str) -> Iterator[Document]:
