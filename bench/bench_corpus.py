@@ -141,6 +141,7 @@ def main() -> None:
                     geometry=REAL_GEOMETRY[family],
                     dtype=torch.bfloat16,
                     tokenizer=getattr(arguments, f"{family}_tokenizer"),
+                    device="cuda",
                 )
                 records += bench(folder, texts, f"{family}, mixed lengths", "cuda")
     print(write_records("corpus" if device == "cuda" else "corpus-cpu", records))
