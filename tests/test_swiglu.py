@@ -153,7 +153,7 @@ def test_example_of_the_docstring():
 
 
 def test_compiles_for_sm90():
-    from jv5kernels.kernels.swiglu import tile
+    from jv5kernels.kernels.swiglu import NUM_WARPS, tile
 
     BT, BF = tile(3072)
     signature = {"stride_gt": "i32", "T": "i32"}
@@ -163,11 +163,12 @@ def test_compiles_for_sm90():
             "swiglu_kernel",
             {"gate_up": f"*{dtype}", "out": f"*{dtype}"} | signature,
             {"F": 3072, "BT": BT, "BF": BF},
+            num_warps=NUM_WARPS,
             divisible=("stride_gt",),
         )
         for dtype in ("bf16", "fp16", "fp32")
     ]
     for report in compile_for_sm90(cases):
-        report.check(max_registers=80)
+        report.check(max_registers=64)
         loads = [line for line in report.ptx.splitlines() if "ld.global" in line]
         assert loads and all(".v4" in line for line in loads)

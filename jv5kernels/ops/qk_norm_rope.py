@@ -165,10 +165,13 @@ def _rotate_torch(
     """Overwrites heads (T, H, D); cos and sin are (T, 1, D/2) in the dtype of the arithmetic."""
     x = heads.to(cos.dtype)
     if weight is not None:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(cos.dtype)
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1]
+        x = (x * torch.rsqrt(mean_square + eps)).mul_(weight.to(cos.dtype))
     first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    heads.copy_(rotated)
+    rotated_first = (first * cos).addcmul_(second, sin, value=-1)
+    rotated_second = (second * cos).addcmul_(first, sin)
+    for half, rotated in zip(heads.chunk(2, dim=-1), (rotated_first, rotated_second), strict=True):
+        half.copy_(rotated)
 
 
 def _qk_norm_rope_torch(
