@@ -110,9 +110,11 @@ def test_merging_leaves_its_inputs_alone(written):
         {"alpha_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 64, "mlp.up_proj": 5}},
         {"alpha_pattern": {r"layers\.[02]\.self_attn\..*": 40}},
         {"alpha_pattern": {"v_proj": 2}, "use_rslora": True},
+        {"alpha_pattern": {"up": 1000, "_proj": 9, "v_proj": 2}},
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")
 def test_scaling_is_that_of_peft(settings, copied):
     folder = copied(**SMALL)
     edit(adapter_folder(folder) / "adapter_config.json", **settings)
