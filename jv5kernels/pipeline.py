@@ -168,7 +168,9 @@ class Pipeline:
         self, texts: Sequence[str], rows: np.ndarray, window: np.ndarray
     ) -> tuple[dict[int, np.ndarray], int]:
         chosen = [texts[i] for i in window]
-        tokenized = self.tokenization.encode(chosen, max_length=self.limits.max_length)
+        tokenized = self.tokenization.encode(
+            chosen, max_length=self.limits.max_length, positions=rows[window]
+        )
         cut = np.flatnonzero(tokenized.truncated)
         if len(cut) and self.limits.on_overlong == "error":
             raise ValueError(
