@@ -10,6 +10,7 @@ from jv5kernels import __version__
 
 __all__ = ["STANDARD_OUTPUT", "parser"]
 
+POOLINGS = ("lasttoken", "mean", "cls")
 DTYPES = ("float32", "bfloat16", "float16")
 STANDARD_OUTPUT = Path("-")
 PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
@@ -140,9 +141,7 @@ def _add_encode(commands: Any) -> None:
     prompts = group.add_mutually_exclusive_group()
     prompts.add_argument("--prompt-name", help="query or document; default: the checkpoint's")
     prompts.add_argument("--prompt", help="the prompt itself; '' for none")
-    group.add_argument(
-        "--pooling", choices=("lasttoken", "mean", "cls"), help="default: the checkpoint's"
-    )
+    group.add_argument("--pooling", choices=POOLINGS, help="default: the checkpoint's")
     group.add_argument("--truncate-dim", type=_positive, metavar="N", help="dimensions kept")
     group.add_argument("--precision", choices=PRECISIONS, default="float32")
     group.add_argument(
@@ -177,6 +176,20 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument(
         "--lengths", type=_positive, nargs="+", metavar="N", help="lengths in tokens"
     )
+    parser.add_argument("--text-file", metavar="FILE", help="texts to compare, as for encode")
+    parser.add_argument(
+        "--min-cosine",
+        type=float,
+        metavar="X",
+        help="threshold; default: 0.999999 in float32, 0.9999 in half precision",
+    )
+    parser.add_argument(
+        "--compare-dtype",
+        action="store_true",
+        help="also run Transformers in our dtype, whose error ours may not exceed",
+    )
+    parser.add_argument("--pooling", choices=POOLINGS, help="default: the checkpoint's")
+    parser.add_argument("--batch-invariant", action="store_true", help="check this mode")
     _add_source(parser)
     _add_json(parser)
 

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,20 @@ def _encode(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from jv5kernels.verify import verify
+    from jv5kernels.files import Corpus
+    from jv5kernels.verify import Thresholds, verify
 
-    report = verify(
-        options.model,
-        tasks=options.tasks,
-        lengths=options.lengths,
-        device=options.device,
-        dtype=_dtype(options.dtype),
-    )
+    texts = [record.text for record in Corpus([options.text_file])] if options.text_file else None
+    with _status("comparing with Transformers in fp32"):
+        report = verify(
+            options.model,
+            tasks=options.tasks,
+            texts=texts,
+            lengths=options.lengths,
+            compare_dtype=options.compare_dtype,
+            thresholds=Thresholds(cosine=options.min_cosine),
+            **_encoder_options(options),
+        )
     if options.json != STANDARD_OUTPUT:
         print(report)
     _write_json(options.json, report.to_dict())
@@ -136,18 +142,20 @@ def _bench(options: argparse.Namespace) -> int:
     from jv5kernels.quickbench import compare, render, shown
     from jv5kernels.stdlib_texts import standard_library_texts
 
-    model = options.model or str(demo_checkpoint())
-    encoder = FastEncoder(model, **_encoder_options(options))
-    task = options.task or (TASK if TASK in encoder.tasks else None)
-    documents = documents_for(encoder, standard_library_texts())
-    prompt = encoder.prompts.get("document", "")
-    comparison = compare(
-        encoder,
-        [prompt + document.text for document in documents],
-        task=task,
-        batch_sizes=options.batch_sizes,
-        repeats=options.repeats,
-    )
+    with _status("opening the model") as tell:
+        model = options.model or str(demo_checkpoint())
+        encoder = FastEncoder(model, **_encoder_options(options))
+        task = options.task or (TASK if TASK in encoder.tasks else None)
+        documents = documents_for(encoder, standard_library_texts())
+        prompt = encoder.prompts.get("document", "")
+        tell(f"encoding {len(documents)} texts, {options.repeats} times with each")
+        comparison = compare(
+            encoder,
+            [prompt + document.text for document in documents],
+            task=task,
+            batch_sizes=options.batch_sizes,
+            repeats=options.repeats,
+        )
     if options.json != STANDARD_OUTPUT:
         _print(
             f"{encoder.checkpoint.source}: {comparison.texts} texts, {comparison.tokens:,} tokens, "
@@ -178,12 +186,14 @@ def _info(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from jv5kernels.demo import QUERY, render, run
 
-    demo = run(
-        options.model,
-        query=options.query or QUERY,
-        text_file=options.text_file,
-        encoder_options=_encoder_options(options),
-    )
+    with _status("starting") as tell:
+        demo = run(
+            options.model,
+            query=options.query or QUERY,
+            text_file=options.text_file,
+            encoder_options=_encoder_options(options),
+            tell=tell,
+        )
     _print(render(demo))
     return 0 if demo.comparison.agrees else 1
 
@@ -218,6 +228,15 @@ def _print(*parts: Any) -> None:
         console = Console(highlight=False, width=160)
     for part in parts:
         console.print(part)
+
+
+@contextmanager
+def _status(message: str) -> Iterator[Callable[[str], None]]:
+    """A line on standard error that says what is going on; nothing where that is no terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(message) as status:
+        yield status.update
 
 
 def _write_json(path: Path | None, value: Any) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,9 @@ GEOMETRY = {
 # What a CPU does in a few seconds: multiply-adds of all linear layers, over all texts.
 CPU_MULTIPLY_ADDS = 3e11
 NEIGHBOURS = 5
+NEXT = """\
+With trained weights from the hub:  jv5kernels demo --model jinaai/jina-embeddings-v5-text-nano
+Files of texts to embeddings:       jv5kernels encode --help"""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def run(
     text_file: Path | None = None,
     repeats: int = 2,
     encoder_options: dict[str, Any] | None = None,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> Demo:
     """Runs the demo.
 
@@ -112,12 +116,17 @@ def run(
         text_file: one text a line; default docstrings and help topics of Python's standard library.
         repeats: timed runs of each contender.
         encoder_options: keyword arguments of FastEncoder.
+        tell: is told what happens next.
     """
+    tell("loading torch")
     from jv5kernels.encoder import FastEncoder
     from jv5kernels.quickbench import compare
 
     options = dict(encoder_options or {})
     random_weights = model is None
+    tell(
+        "opening the model" if model else "opening the demo's checkpoint, or making it on first use"
+    )
     encoder = FastEncoder(model if model is not None else demo_checkpoint(), **options)
     if encoder.task is None and encoder.tasks:
         encoder.task = TASK if TASK in encoder.tasks else encoder.tasks[0]
@@ -125,6 +134,7 @@ def run(
     documents = documents_for(encoder, available)
     prompt = encoder.prompts.get("document", "")
     texts = [prompt + document.text for document in documents]
+    tell(f"encoding {len(texts)} texts with jv5kernels and with Transformers, {repeats} times each")
     comparison = compare(
         encoder, texts, batch_sizes=(8, 32), repeats=repeats, sentence_transformers=False
     )
@@ -208,7 +218,10 @@ def render(demo: Demo) -> Any:
     if demo.random_weights:
         title.append("  (random weights: no meaning)", style="yellow")
     speed = quickbench.render(demo.comparison) if demo.comparison.agrees else Text("")
-    return Group(Text(""), head, Text(""), speed, Text(""), title, found)
+    parts = [Text(""), head, Text(""), speed, Text(""), title, found]
+    if demo.random_weights:
+        parts += [Text(""), Text(NEXT, style="dim")]
+    return Group(*parts)
 
 
 def _parity(comparison: Comparison) -> Any:

@@ -194,7 +194,7 @@ def render(comparison: Comparison) -> Any:
             result.name,
             f"{result.tokens_per_second:,.0f}",
             f"{result.seconds:.2f}",
-            "" if ours else f"{comparison.speedup(result):.2f}x",
+            "" if ours else f"{comparison.speedup(result):.2f}x as fast",
             "" if ours else shown(result.cosine_min),
             result.note,
         )

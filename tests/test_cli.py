@@ -313,17 +313,15 @@ def test_verify_passes_and_writes_json(
 
 
 def test_verify_exits_with_1_on_a_missed_threshold(
-    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The encoder is made wrong: every text gets the prompt of queries, the reference that of documents."""
-    original = FastEncoder.encode
-
-    def wrong(self: FastEncoder, inputs: list[str], **options: object) -> object:
-        return original(self, [f"wrong {text}" for text in inputs], **options)
-
-    monkeypatch.setattr(FastEncoder, "encode", wrong)
-    words = ["verify", model, "--task", "retrieval", "--lengths", "16", "--device", "cpu"]
-    assert main(words) == 1
+    (tmp_path / "texts.txt").write_text("\n".join(f"some text {i}" for i in range(12)))
+    words = ["verify", model, "--task", "retrieval", "--text-file", str(tmp_path / "texts.txt")]
+    words += ["--device", "cpu", "--json"]
+    assert main([*words, "--dtype", "bfloat16", "--min-cosine", "0.99999999"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] is False
+    assert main([*words, "--dtype", "float32"]) == 0
 
 
 def test_bench_compares_and_agrees(model: str, capsys: pytest.CaptureFixture[str]) -> None:
