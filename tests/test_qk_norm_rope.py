@@ -153,9 +153,10 @@ def test_addresses_beyond_2_to_the_31():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("margin", [float("nan"), 7.0], ids=["not-read", "not-written"])
 @pytest.mark.parametrize("heads", [Heads(4, 2, 32, True), Heads(3, 3, 64, False)])
-def test_margins_and_values_are_not_touched(heads, impl, device):
-    parent = torch.full((9, heads.width + 24), float("nan"), device=device)
+def test_margins_and_values_are_not_touched(heads, margin, impl, device):
+    parent = torch.full((9, heads.width + 24), margin, device=device)
     parent[2:7, 16:-8] = draw((5, heads.width), torch.float32, device)
     before = parent.clone()
     qkv = parent[2:7, 16:-8]
