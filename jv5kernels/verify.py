@@ -187,9 +187,8 @@ def verify(
         >>> report = verify("jinaai/jina-embeddings-v5-text-small", tasks=["retrieval"], lengths=[512])
         >>> report.passed, report.rows[0].cosine_min
     """
-    opened: Any = model
     encoder = FastEncoder(
-        opened, device=device, dtype=dtype, batch_invariant=batch_invariant, **source
+        model, device=device, dtype=dtype, batch_invariant=batch_invariant, **source
     )
     chosen = _check_tasks(tasks, encoder)
     ends, notes = _check_lengths(lengths, encoder)

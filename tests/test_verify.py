@@ -13,7 +13,6 @@ import pytest
 import torch
 from live_models import RemoteLike
 from sentence_transformers import SentenceTransformer
-from torch import nn
 
 from jv5kernels import FastEncoder, encoder, verify
 from jv5kernels.checkpoint import Checkpoint, open_checkpoint
@@ -207,19 +206,6 @@ def test_reference_of_a_live_model_is_that_of_its_files(base: Path, task: str | 
     assert "forward" in live.inner.__dict__ and "forward" not in copied.__dict__
 
 
-@pytest.fixture
-def live_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FastEncoder opens modules with `open_live`."""
-
-    def opened(model: Any, **options: Any) -> Any:
-        if isinstance(model, nn.Module):
-            return open_live(model)
-        return open_checkpoint(model, **options)
-
-    monkeypatch.setattr(encoder, "open_checkpoint", opened)
-
-
-@pytest.mark.usefixtures("live_encoder")
 @pytest.mark.parametrize("patched", [False, True])
 def test_live_models(base: Path, merged: Path, patched: bool) -> None:
     remote, plain = RemoteLike.load(base), SentenceTransformer(str(merged), device="cpu")
@@ -231,15 +217,14 @@ def test_live_models(base: Path, merged: Path, patched: bool) -> None:
         assert report.model == type(model).__name__
 
 
-@pytest.mark.usefixtures("live_encoder")
 def test_a_live_model_that_is_changed_later_is_noticed(merged: Path) -> None:
     model = SentenceTransformer(str(merged), device="cpu")
-    opened = FastEncoder(model, device="cpu")  # type: ignore[arg-type]
+    opened = FastEncoder(model, device="cpu")
     before = opened.encode(TEXTS[0])
     with torch.no_grad():
         model[0].model.layers[0].mlp.up_proj.weight.mul_(1.5)
     assert on_cpu(model, lengths=[16]).passed
-    again = FastEncoder(model, device="cpu").encode(TEXTS[0])  # type: ignore[arg-type]
+    again = FastEncoder(model, device="cpu").encode(TEXTS[0])
     assert np.abs(again - before).max() > 1e-3
 
 
