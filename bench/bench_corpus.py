@@ -33,8 +33,8 @@ from jv5kernels.synthetic_layout import REAL_GEOMETRY
 COUNT = 4000
 MEDIAN_TOKENS, SIGMA, LONGEST_TOKENS = 180, 1.02, 8192
 CHARACTERS_A_TOKEN = 3.6
-BATCH_SIZES = {"cuda": (32, 64, 128, 256), "cpu": (4, 16, 32)}
-RUNS = {"cuda": 3, "cpu": 5}
+BATCH_SIZES = {"cuda": (32, 128), "cpu": (4, 16, 32)}
+RUNS = {"cuda": 2, "cpu": 5}
 MIN_COSINE = {"cuda": 0.999, "cpu": 0.999999}
 
 

@@ -70,9 +70,10 @@ def compare(family: str, device: str) -> list[dict[str, Any]]:
         theirs: tuple[float, float] | None = None
         if peer is not None:
             theirs = errors(by_rows(peer, sequences, device), reference)
-        print(
-            f"{family:6} {length:6} tokens  cosine {cosine:.8f}  error {error:.3e}  theirs {theirs}"
-        )
+        line = f"{family:6} {length:6} tokens  cosine {cosine:.8f}  error {error:.3e}"
+        print(line if theirs is None else f"{line}  theirs {theirs[0]:.8f} {theirs[1]:.3e}")
+        assert cosine >= MUST[dtype], f"{family}, {length} tokens: cosine {cosine}"
+        assert theirs is None or error <= theirs[1], f"{family}, {length}: {error} > {theirs[1]}"
         records.append(
             record(
                 f"{family} {spec.num_layers} layers, {count} texts of {length} tokens, {str(dtype)[6:]}",

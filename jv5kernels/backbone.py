@@ -8,8 +8,9 @@ What differs between the families (causal or not, q/k norm, grouped heads) is re
     x, residual = add_rms_norm(y, residual)
     y           = swiglu(x · Wgate_upᵀ) · Wdownᵀ
 
-The residual stream is kept in the compute dtype, its additions are done in fp32. In the last layer only K and V are
-needed for all tokens; the rest is computed for the pooled tokens alone.
+The residual stream is fp32 in every compute dtype: rounded to bf16 at each of its additions, it would carry most of the
+error of a deep model. In the last layer only K and V are needed for all tokens; the rest is computed for the pooled
+tokens alone.
 """
 
 from __future__ import annotations
@@ -176,15 +177,15 @@ class PackedBackbone:
         """Returns what pooling needs: hidden states before the final norm, and their cu_seqlens.
 
         Args:
-            pooling: "lasttoken" or "cls" (one row a sequence, fp32), or "mean" (all rows, compute dtype).
+            pooling: "lasttoken" or "cls" (one row a sequence), or "mean" (all rows).
 
         Returns:
-            (B, C) or (T, C), and cu_seqlens (B+1,) int32 that fit it.
+            (B, C) or (T, C) fp32, and cu_seqlens (B+1,) int32 that fit it.
         """
         if pooling == "mean":
             y, residual = self._run_layers(batch, self.layers)
             assert y is not None
-            return y.add_(residual), batch.cu_seqlens
+            return residual.add_(y), batch.cu_seqlens
         y, residual = self._run_layers(batch, self.layers[:-1])
         rows = batch.cu_seqlens[1:] - 1 if pooling == "lasttoken" else batch.cu_seqlens[:-1]
         hidden = self._last_layer(y, residual, batch, rows)
@@ -193,9 +194,9 @@ class PackedBackbone:
     def _run_layers(
         self, batch: PackedBatch, layers: Sequence[LayerWeights]
     ) -> tuple[Tensor | None, Tensor]:
-        """Output of the last block of `layers` and the residual stream it is still to be added to."""
+        """Output of the last block of `layers` and the fp32 residual stream it is still to be added to."""
         y: Tensor | None = None
-        residual = torch.nn.functional.embedding(batch.input_ids, self.embedding)
+        residual = torch.nn.functional.embedding(batch.input_ids, self.embedding).float()
         for layer in layers:
             x, residual = self._enter(y, residual, layer)
             del y
@@ -209,7 +210,9 @@ class PackedBackbone:
         self, y: Tensor | None, residual: Tensor, layer: LayerWeights
     ) -> tuple[Tensor, Tensor]:
         if y is None:
-            return rms_norm(residual, layer.input_norm, self.spec.rms_norm_eps), residual
+            # The embeddings are values of the compute dtype, so this rounds nothing.
+            embeddings = residual.to(self.dtype)
+            return rms_norm(embeddings, layer.input_norm, self.spec.rms_norm_eps), residual
         return add_rms_norm(y, residual, layer.input_norm, self.spec.rms_norm_eps)
 
     def _rotate(

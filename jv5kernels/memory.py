@@ -43,8 +43,8 @@ class MemoryModel:
 def memory_model(spec: ModelSpec, dtype: torch.dtype) -> MemoryModel:
     """The memory model of an architecture in a compute dtype.
 
-    The bound follows the layer loop: around attention the residual stream, the block's input and output
-    (3·C), the fused projection and the attention output are alive; in the MLP the residual stream, input
+    The bound follows the layer loop: around attention the fp32 residual stream, the block's input and output
+    (2·C), the fused projection and the attention output are alive; in the MLP the residual stream, input
     and output, and 3·F + C for one chunk of tokens.
 
     Example:
@@ -63,7 +63,7 @@ def memory_model(spec: ModelSpec, dtype: torch.dtype) -> MemoryModel:
         fixed=WORKSPACE_BYTES
         + rope
         + max(0, intermediate - attention) * MLP_CHUNK_TOKENS * dtype.itemsize,
-        per_token=(3 * width + attention) * dtype.itemsize + 3 * 4,
+        per_token=4 * width + (2 * width + attention) * dtype.itemsize + 3 * 4,
     )
 
 

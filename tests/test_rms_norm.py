@@ -71,6 +71,18 @@ def test_full_size_matches_float64(width, dtype, poisoned_memory):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float32_residual_is_not_rounded(dtype, impl, device, poisoned_memory):
+    x, residual = draw((5, 300), dtype, device), draw((5, 300), torch.float32, device, seed=2)
+    weight = draw((300,), dtype, device, seed=1)
+    out, total = add_rms_norm(x, residual, weight, EPS, impl=impl)
+    assert out.dtype == dtype and total.dtype == torch.float32
+    assert torch.equal(total, x.float() + residual)
+    expected = reference(x.double() + residual.double(), weight)
+    torch.testing.assert_close(out.double(), expected, rtol=RTOL[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_strided_rows_and_margins(impl, device):
     parent = torch.full((6, 40), float("nan"), device=device)
     parent[1:5, 8:24] = draw((4, 16), torch.float32, device)

@@ -59,10 +59,8 @@ CONFIGS: dict[tuple[str, int, int, bool], Config] = {
     for causal in (False, True)
     for key, config in {
         ("sm_90", 2, 32): Config(128, 128, 8, 3, descriptors=True),
-        ("sm_90", 2, 64): Config(
-            128, 64, 8, 3, descriptors=True
-        ),  # 117 registers: two a multiprocessor
-        ("sm_90", 2, 128): Config(128, 128, 8, 2, descriptors=True),
+        ("sm_90", 2, 64): Config(128, 128, 4, 3, descriptors=True),
+        ("sm_90", 2, 128): Config(128, 128, 8, 3, descriptors=True),
         ("sm_90", 2, 256): Config(128, 32, 8, 3, descriptors=True),
         ("sm_90", 4, 32): Config(64, 32, 4, 2),
         ("sm_90", 4, 64): Config(64, 32, 8, 2),

@@ -42,18 +42,19 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Returns RMSNorm(x + residual) and the sum itself, in one pass.
 
-    The sum is taken in fp32 and normalised before it is rounded, so the normalised output does not
-    carry the rounding of the residual stream.
+    The sum is taken in fp32 and normalised before it is rounded. With a float32 residual it is not
+    rounded at all: the residual stream of a 28-layer model otherwise takes 56 roundings, which are most
+    of its bf16 error.
 
     Args:
         x: (T, C), float32, float16 or bfloat16 (float64 with impl="torch"); rows may be strided.
-        residual: (T, C), dtype of x.
+        residual: (T, C), dtype of x or float32.
         weight: (C,), any of these dtypes.
         eps: added to the mean square.
         impl: "auto", "triton" or "torch".
 
     Returns:
-        (T, C) normalised and (T, C) sum, both in the dtype of x, contiguous.
+        (T, C) normalised, dtype of x, and (T, C) sum, dtype of residual; both contiguous.
 
     Raises:
         TypeError: a dtype that is not allowed.
@@ -65,7 +66,8 @@ def add_rms_norm(
         tensor([[2., 2.]])
     """
     _check(x, weight)
-    check_tensor("residual", residual, shape=tuple(x.shape), dtypes=(x.dtype,), device=x.device)
+    dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+    check_tensor("residual", residual, shape=tuple(x.shape), dtypes=dtypes, device=x.device)
     return _add_rms_norm(x, residual, weight, float(eps), impl)
 
 
@@ -91,7 +93,7 @@ def _add_rms_norm_torch(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     total = x.to(_accumulation_dtype(x)) + residual
-    return _normed(total, weight, eps, x.dtype), total.to(x.dtype)
+    return _normed(total, weight, eps, x.dtype), total.to(residual.dtype)
 
 
 def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -108,7 +110,7 @@ def _add_rms_norm_triton(
     from jv5kernels.kernels.rms_norm import launch_rms_norm
 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty_like(out)
+    total = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     launch_rms_norm(x, residual, weight, eps, out, total)
     return out, total
 
@@ -138,5 +140,8 @@ _add_rms_norm = Operator(
         "torch": Implementation(_add_rms_norm_torch),
     },
     auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
-    fake=lambda x, residual, weight, eps, impl: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    fake=lambda x, residual, weight, eps, impl: (
+        x.new_empty(x.shape),
+        residual.new_empty(x.shape),
+    ),
 )
