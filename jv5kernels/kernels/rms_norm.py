@@ -4,7 +4,7 @@
     out   = total · rsqrt(mean(total²) + eps) · weight
 
 A program takes BT rows, one for each warp, in CHUNKS tiles of [BT, BC]: BC columns are 16 bytes for each
-lane of a warp, so a row's sum stays inside its warp, without shared memory, and rows of 768 need no
+lane of a warp (of the wider dtype, when x and residual differ), so a row's sum stays inside its warp, without shared memory, and rows of 768 need no
 padding. Only rows that would not fit into a warp's registers are spread over all warps.
 
 Traffic: x, residual and both outputs once each; the weight stays in the caches.
@@ -110,7 +110,9 @@ def launch_rms_norm(
     T, C = x.shape
     if T == 0:
         return
-    CHUNKS, BT, BC = tile(C, x.element_size())
+    # The wider of two dtypes: stores of more than 16 bytes a lane would pass through shared memory.
+    element_size = max(t.element_size() for t in (x, residual) if t is not None)
+    CHUNKS, BT, BC = tile(C, element_size)
     rms_norm_kernel[(triton.cdiv(T, BT),)](
         x,
         residual,
