@@ -51,56 +51,56 @@ def compare_company(backbone: Any) -> tuple[int, int, float]:
     return changed, compared, cosine
 
 
+def judge(label: str, backbone: Any, family: str) -> dict[str, Any]:
+    """Compares texts alone and in company; AssertionError when a guarantee is missed."""
+    changed, compared, cosine = compare_company(backbone)
+    print(f"{family:6} {label:22} {changed} of {compared} changed bits, cosine {cosine:.8f}")
+    assert cosine >= MUST_COSINE, f"{family}, {label}: cosine {cosine}"
+    assert label == "default" or changed == 0, f"{family}: {changed} of {compared} changed bits"
+    work = f"{family} bfloat16, a text alone and in company"
+    shared = {"device": "cuda", "texts": compared, "changed": changed}
+    return record(work, label, "cosine_min", cosine, "1", **shared)
+
+
 @torch.inference_mode()
+def cost(shape: str, invariant: Any, plain: Any, family: str) -> dict[str, Any]:
+    """Times one shape with and without the guarantee."""
+    batch = batch_of(token_ids(plain.spec, TIMED[shape]), "cuda")
+    timings = time_interleaved(
+        {
+            "batch_invariant=True": lambda: invariant.forward_pooled(batch, "lasttoken"),
+            "default": lambda: plain.forward_pooled(batch, "lasttoken"),
+        }
+    )
+    slow, fast = timings["batch_invariant=True"].p50, timings["default"].p50
+    percent = 100 * (slow / fast - 1)
+    print(f"{family:6} {shape:14} {slow:8.2f} ms, default {fast:8.2f} ms: {percent:.1f} % more")
+    return record(
+        f"{family} {shape} bfloat16",
+        "batch_invariant=True",
+        "ms",
+        slow,
+        "ms",
+        device="cuda",
+        peer="default",
+        peer_value=fast,
+        ratio=fast / slow,
+        cost_percent=percent,
+    )
+
+
+def bench(family: str) -> list[dict[str, Any]]:
+    spec = real_spec(family)
+    weights = random_weights(spec, seed=2, dtype=torch.bfloat16, device="cuda")
+    plain = our_backbone(spec, weights, torch.bfloat16)
+    invariant = our_backbone(spec, weights, torch.bfloat16, batch_invariant=True)
+    records = [judge("batch_invariant=True", invariant, family), judge("default", plain, family)]
+    shapes = [s for s, lengths in TIMED.items() if max(lengths) <= spec.max_position_embeddings]
+    return records + [cost(shape, invariant, plain, family) for shape in shapes]
+
+
 def main() -> None:
-    records = []
-    for family in ("small", "nano"):
-        spec = real_spec(family)
-        weights = random_weights(spec, seed=2, dtype=torch.bfloat16, device="cuda")
-        plain = our_backbone(spec, weights, torch.bfloat16)
-        invariant = our_backbone(spec, weights, torch.bfloat16, batch_invariant=True)
-        for label, backbone in (("batch_invariant=True", invariant), ("default", plain)):
-            changed, compared, cosine = compare_company(backbone)
-            assert cosine >= MUST_COSINE, f"{family}, {label}: cosine {cosine}"
-            if label == "batch_invariant=True":
-                assert changed == 0, f"{family}: {changed} of {compared} texts changed bits"
-            print(
-                f"{family:6} {label:22} {changed} of {compared} changed bits, cosine {cosine:.8f}"
-            )
-            work = f"{family} bfloat16, a text alone and in company"
-            shared = {"device": "cuda", "texts": compared, "changed": changed}
-            records.append(record(work, label, "cosine_min", cosine, "1", **shared))
-        for shape, lengths in TIMED.items():
-            if max(lengths) > spec.max_position_embeddings:
-                continue
-            batch = batch_of(token_ids(spec, lengths), "cuda")
-            calls = {
-                "batch_invariant=True": lambda batch=batch: invariant.forward_pooled(
-                    batch, "lasttoken"
-                ),
-                "default": lambda batch=batch: plain.forward_pooled(batch, "lasttoken"),
-            }
-            timings = time_interleaved(calls)
-            slow, fast = timings["batch_invariant=True"].p50, timings["default"].p50
-            print(
-                f"{family:6} {shape:14} {slow:8.2f} ms, default {fast:8.2f} ms: {100 * (slow / fast - 1):.1f} % more"
-            )
-            records.append(
-                record(
-                    f"{family} {shape} bfloat16",
-                    "batch_invariant=True",
-                    "ms",
-                    slow,
-                    "ms",
-                    device="cuda",
-                    peer="default",
-                    peer_value=fast,
-                    ratio=fast / slow,
-                    cost_percent=100 * (slow / fast - 1),
-                )
-            )
-        del weights, plain, invariant
-    print(write_records("invariance", records))
+    print(write_records("invariance", [r for family in ("small", "nano") for r in bench(family)]))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "ModelSpec",
     "batch_of",
     "last_token_embeddings",
+    "memory_efficient_attention",
     "our_backbone",
     "random_weights",
     "real_spec",
@@ -71,6 +73,31 @@ def transformers_model(
         model = kind(config)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, strict=True)
     return model.eval().requires_grad_(False)
+
+
+def memory_efficient_attention() -> str:
+    """Registers Transformers' sdpa with repeated kv heads, and returns its name.
+
+    Given grouped heads in fp32, torch falls back to a kernel that writes the whole score matrix: 64 GB at 32768 tokens.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        assert attention_mask is None, "for full rows without padding only"
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=module.is_causal, scale=options["scaling"]
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    name = "sdpa_repeated_heads"
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from harness import RESULTS
@@ -39,18 +38,13 @@ def source(found: list[dict[str, Any]]) -> str:
 
 def speed_table() -> str:
     """Whole models against their peers."""
-    found = [
-        r
-        for name in ("corpus", "corpus-cpu", "backbone")
-        for r in records(name)
-        if r["metric"] != "peak_bytes_over_weights"
-    ]
+    everything = [r for name in ("corpus", "corpus-cpu", "backbone") for r in records(name)]
+    found = [r for r in everything if r["metric"] in ("ms", "tokens_per_s")]
     rows = ["| work | jv5kernels | peer | | ratio |", "|---|---|---|---|---|"]
     for r in found:
         unit = "tokens/s" if r["metric"] == "tokens_per_s" else r["unit"]
-        rows.append(
-            f"| {r['work']} | {number(r['value'])} {unit} | {r['peer']} | {number(r['peer_value'])} {unit} | **{r['ratio']:.2f}x** |"
-        )
+        mine, theirs = (f"{number(r[key])} {unit}" for key in ("value", "peer_value"))
+        rows.append(f"| {r['work']} | {mine} | {r['peer']} | {theirs} | **{r['ratio']:.2f}x** |")
     return "\n".join(rows) + source(found)
 
 
@@ -90,9 +84,8 @@ def invariance_table() -> str:
     rows.append("")
     for r in found:
         if r["metric"] == "cosine_min":
-            rows.append(
-                f"* {r['work']}, {r['impl']}: {r['changed']} of {r['texts']} changed a bit, lowest cosine {r['value']:.7f}"
-            )
+            changed = f"{r['changed']} of {r['texts']} changed a bit"
+            rows.append(f"* {r['work']}, {r['impl']}: {changed}, lowest cosine {r['value']:.7f}")
     return "\n".join(rows) + source(found)
 
 
@@ -108,7 +101,8 @@ def filled(text: str) -> str:
     """README text with every marked table made anew."""
     for name, table in TABLES.items():
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        text, count = re.subn(pattern, lambda m: m[1] + table() + m[2], text, flags=re.S)
+        content = table().replace("\\", r"\\")
+        text, count = re.subn(pattern, rf"\g<1>{content}\g<2>", text, flags=re.S)
         assert count == 1, f"README.md must hold the markers of the table {name!r} once"
     return text
 
