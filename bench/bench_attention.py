@@ -224,7 +224,7 @@ def works(device: str) -> list[Work]:
     ]
 
 
-# (BM, BN, warps, stages, descriptors, warp_specialize); the specialised ones last, in case the compiler's code hangs.
+# (BM, BN, warps, stages, descriptors)
 CANDIDATES = {
     128: [
         (128, 128, 8, 2, True),
@@ -236,9 +236,6 @@ CANDIDATES = {
         (256, 64, 16, 3, True),
         (128, 128, 8, 2, False),
         (128, 64, 8, 3, False),
-        (128, 128, 4, 2, True, True),
-        (128, 64, 4, 3, True, True),
-        (128, 64, 4, 4, True, True),
     ],
     64: [
         (128, 128, 4, 2, True),
@@ -253,9 +250,6 @@ CANDIDATES = {
         (64, 64, 4, 4, True),
         (128, 128, 8, 3, False),
         (128, 64, 8, 3, False),
-        (128, 128, 4, 2, True, True),
-        (128, 128, 4, 3, True, True),
-        (128, 64, 4, 4, True, True),
     ],
 }
 # Bytes of keys and values that programs in flight share: one kv head at a time, as shipped, all heads together.
@@ -285,7 +279,7 @@ def candidates(
         yield order, partial(call, config, shipped_share if share is None else share)
     for values in CANDIDATES[shape.head_dim]:
         config = kernel.Config(*values)
-        kind = "ws" if config.warp_specialize else "tma" if config.descriptors else "pointers"
+        kind = "tma" if config.descriptors else "pointers"
         label = f"{config.BM}x{config.BN} w{config.num_warps} s{config.num_stages} {kind}"
         yield label, partial(call, config, shipped_share)
 

@@ -339,7 +339,6 @@ def sm90_case(head_dim, causal, config, dtype="bf16"):
             "BN": config.BN,
             "IS_CAUSAL": causal,
             "USE_DESCRIPTORS": config.descriptors,
-            "WARP_SPECIALIZE": config.warp_specialize,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -17,10 +17,8 @@ device class, dtype, head_dim and causal alone: never on what else is packed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextvars import copy_context
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import triton
@@ -39,8 +37,6 @@ class Config:
 
     Args:
         descriptors: read keys and values through TMA descriptors (sm_90 and later), where they are aligned.
-        warp_specialize: let the compiler give loading to a warp group of its own; on sm_90 that needs
-            descriptors, BM=128 and num_warps=4, and masks every tile, because it splits a single loop only.
     """
 
     BM: int
@@ -48,12 +44,13 @@ class Config:
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    warp_specialize: bool = False
 
 
 # (device class, bytes of an element, head_dim, causal) -> configuration. Compiled by Triton 3.6 for sm_90 none spills.
-# Rejected on sm_90 for spills: head_dim 256: (128, 64, 8, 2, True), head_dim 128: (128, 64, 4, 3),
-# 4 bytes, head_dim 128: (32, 32, 8, 1). Candidates to time: `python bench/bench_attention.py --sweep`.
+# Timed on an H200 (32768 tokens in all, TFLOP/s at S = 512 / 8192 / 32768): head_dim 128 causal, chosen 197 / 486 / 506,
+# (128, 64, 8, 3) 190 / 447 / 474, without descriptors 183 / 423 / 471; head_dim 64 bidirectional, chosen 288 / 435 / 439,
+# (128, 64, 8, 3) 296 / 408 / 415, (128, 128, 8, 3) 214 / 360 / 376. The compiler's warp specialisation (4 warps) gave
+# 202 / 501 / 522 at head_dim 128, and NaN: Triton 3.6 miscompiles it. More: `python bench/bench_attention.py --sweep`.
 CONFIGS: dict[tuple[str, int, int, bool], Config] = {
     (*key, causal): config
     for causal in (False, True)
@@ -162,10 +159,9 @@ def attend(
     IS_CAUSAL: tl.constexpr,
     IS_MASKED: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
     """Adds the keys from `start` (a multiple of BN) to `end` to the running softmax of one row tile."""
-    for first_key in tl.range(start, end, BN, warp_specialize=WARP_SPECIALIZE):
+    for first_key in tl.range(start, end, BN):
         b_k = load_keys(
             k, stride_kt, begin, length, first_key, column, BN, D, IS_MASKED, USE_DESCRIPTORS
         )  # [BN, D]
@@ -217,7 +213,6 @@ def attention_kernel(
     BN: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
     program = tl.program_id(0)
     slot = program // section % slots
@@ -226,12 +221,7 @@ def attention_kernel(
     begin = tl.load(cu_seqlens + i_b)
     length = tl.load(cu_seqlens + i_b + 1) - begin
     i_m = tl.cdiv(length, BM) - 1 - (slot - begin // BM - i_b)
-    rows = tl.maximum(length, 1)  # a descriptor has at least one
-    if WARP_SPECIALIZE:
-        # No early return: a slot without rows reads only zeros after the end and loops zero times.
-        length = tl.where(i_m < 0, 0, length)
-        i_m = tl.where(i_m < 0, tl.cdiv(rows, BM), i_m)
-    elif i_m < 0:
+    if i_m < 0:
         return
 
     first_row = i_m * BM
@@ -240,13 +230,8 @@ def attention_kernel(
     m_m = (o_m < length)[:, None]
     o_row = begin.to(tl.int64) + o_m[:, None]
     q += begin.to(tl.int64) * stride_qt + i_h * tl.cast(stride_qh, tl.int64)
-    if WARP_SPECIALIZE:
-        # A descriptor made here and not on the host: the compiler halves its block for two warp groups.
-        d_q = tl.make_tensor_descriptor(q, [rows, D], [stride_qt, 1], [BM, D])
-        b_q = d_q.load([first_row, 0])  # [BM, D]
-    else:
-        p_q = q + o_m[:, None] * tl.cast(stride_qt, tl.int64) + o_d[None, :]
-        b_q = tl.load(p_q, mask=m_m, other=0.0)  # [BM, D]
+    p_q = q + o_m[:, None] * tl.cast(stride_qt, tl.int64) + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_m, other=0.0)  # [BM, D]
     if not USE_DESCRIPTORS:
         k += begin.to(tl.int64) * stride_kt + (i_h // GROUP) * tl.cast(stride_kh, tl.int64)
         v += begin.to(tl.int64) * stride_vt + (i_h // GROUP) * tl.cast(stride_vh, tl.int64)
@@ -260,16 +245,13 @@ def attention_kernel(
     if IS_CAUSAL:
         end = tl.minimum(first_row + BM, length)
         unmasked = first_row // BN * BN
-    if WARP_SPECIALIZE:  # of one loop only
-        unmasked = 0
-    else:
-        b_out, b_max, b_sum = attend(
-            b_q, b_out, b_max, b_sum, k, v, stride_kt, stride_vt, begin, length, column, first_row,
-            0, unmasked, scale, BM, BN, D, IS_CAUSAL, False, USE_DESCRIPTORS, False,
-        )  # fmt: skip
     b_out, b_max, b_sum = attend(
         b_q, b_out, b_max, b_sum, k, v, stride_kt, stride_vt, begin, length, column, first_row,
-        unmasked, end, scale, BM, BN, D, IS_CAUSAL, True, USE_DESCRIPTORS, WARP_SPECIALIZE,
+        0, unmasked, scale, BM, BN, D, IS_CAUSAL, False, USE_DESCRIPTORS,
+    )  # fmt: skip
+    b_out, b_max, b_sum = attend(
+        b_q, b_out, b_max, b_sum, k, v, stride_kt, stride_vt, begin, length, column, first_row,
+        unmasked, end, scale, BM, BN, D, IS_CAUSAL, True, USE_DESCRIPTORS,
     )  # fmt: skip
     b_out = b_out / b_sum[:, None]
     p_out = out + o_row * (HQ * D) + i_h * D + o_d[None, :]
@@ -298,19 +280,6 @@ def fits_descriptor(x: torch.Tensor) -> bool:
     return is_aligned and x.stride(1) == x.shape[2]
 
 
-def run_with_scratch(launch: Callable[[], object], device: torch.device) -> None:
-    """Launches a kernel that makes descriptors, for which Triton asks an allocator of the calling context."""
-
-    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int8, device=device)
-
-    def launch_here() -> None:
-        triton.set_allocator(allocate)
-        launch()
-
-    copy_context().run(launch_here)
-
-
 def launch_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -334,8 +303,7 @@ def launch_attention(
     if use_descriptors:
         keys, values = (create_ragged_descriptor(x.flatten(1), [config.BN, D]) for x in (k, v))
     slots = T // config.BM + B
-    launch = partial(
-        attention_kernel[(slots * HQ,)],
+    attention_kernel[(slots * HQ,)](
         q,
         keys,
         values,
@@ -359,11 +327,6 @@ def launch_attention(
         BN=config.BN,
         IS_CAUSAL=causal,
         USE_DESCRIPTORS=use_descriptors,
-        WARP_SPECIALIZE=config.warp_specialize and use_descriptors,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if config.warp_specialize and use_descriptors:
-        run_with_scratch(launch, q.device)
-    else:
-        launch()
