@@ -47,10 +47,11 @@ class Config:
 
 
 # (device class, bytes of an element, head_dim, causal) -> configuration. Compiled by Triton 3.6 for sm_90 none spills.
-# Timed on an H200 (32768 tokens in all, TFLOP/s at S = 512 / 8192 / 32768): head_dim 128 causal, chosen 197 / 486 / 506,
-# (128, 64, 8, 3) 190 / 447 / 474, without descriptors 183 / 423 / 471; head_dim 64 bidirectional, chosen 288 / 435 / 439,
-# (128, 64, 8, 3) 296 / 408 / 415, (128, 128, 8, 3) 214 / 360 / 376. The compiler's warp specialisation (4 warps) gave
-# 202 / 501 / 522 at head_dim 128, and NaN: Triton 3.6 miscompiles it. More: `python bench/bench_attention.py --sweep`.
+# Timed on an H200 (32768 tokens in all, TFLOP/s at S = 512 / 8192 / 32768):
+# head_dim 128 causal, chosen 197 / 486 / 506, (128, 64, 8, 3) 190 / 447 / 474, without descriptors 183 / 423 / 471;
+# head_dim 64 bidirectional, chosen 288 / 435 / 439, (128, 64, 8, 3) 296 / 408 / 415, (128, 128, 8, 3) 214 / 360 / 376.
+# The compiler's warp specialisation (4 warps) gave 202 / 501 / 522 at head_dim 128, and NaN: Triton 3.6 miscompiles it.
+# More: `python bench/bench_attention.py --sweep`.
 CONFIGS: dict[tuple[str, int, int, bool], Config] = {
     (*key, causal): config
     for causal in (False, True)

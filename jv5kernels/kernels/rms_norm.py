@@ -5,7 +5,8 @@
 
 A program takes BT rows, one for each warp, in CHUNKS tiles of [BT, BC]: BC columns are 16 bytes for each
 lane of a warp (of the wider dtype, when x and residual differ), so a row's sum stays inside its warp,
-without shared memory, and rows of 768 need no padding. Only rows that would not fit into a warp's registers are spread over all warps.
+without shared memory, and rows of 768 need no padding. Only rows that would not fit into a warp's
+registers are spread over all warps.
 
 Traffic: x, residual and both outputs once each; the weight stays in the caches.
 """
