@@ -48,4 +48,6 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ragged(lengths: list[int], device: torch.device | str = "cpu") -> torch.Tensor:
     """cu_seqlens (B+1,) int32 of given sequence lengths."""
-    return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(
+        0, dtype=torch.int32
+    )

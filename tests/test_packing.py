@@ -54,7 +54,9 @@ def test_pack_and_unpack(lengths, seed):
 
 
 def test_sections_of_the_buffer_are_aligned():
-    batch = pack([np.arange(5, dtype=np.int32), np.arange(2, dtype=np.int32)], np.array([0, 1]), "cpu")
+    batch = pack(
+        [np.arange(5, dtype=np.int32), np.arange(2, dtype=np.int32)], np.array([0, 1]), "cpu"
+    )
     base = batch.input_ids.data_ptr()
     assert all((t.data_ptr() - base) % 16 == 0 for t in (batch.positions, batch.cu_seqlens))
 

@@ -98,11 +98,11 @@ def attention_pooled_kernel(
     unmasked = end // BN * BN
     b_out, b_max, b_sum = attend(
         b_q, b_out, b_max, b_sum, k, v, stride_kt, stride_vt, begin, keys, 0, 0,
-        start, unmasked, scale, BG, BN, D, False, False, False, False,
+        start, unmasked, scale, BG, BN, D, False, False, False,
     )  # fmt: skip
     b_out, b_max, b_sum = attend(
         b_q, b_out, b_max, b_sum, k, v, stride_kt, stride_vt, begin, keys, 0, 0,
-        unmasked, end, scale, BG, BN, D, False, True, False, False,
+        unmasked, end, scale, BG, BN, D, False, True, False,
     )  # fmt: skip
 
     o_h = i_h * GROUP + o_g  # [BG]

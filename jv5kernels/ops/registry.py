@@ -90,7 +90,12 @@ class Operator:
     def _dispatch(self, *arguments: Any) -> Any:
         *inputs, impl = arguments
         device = next(a.device for a in inputs if isinstance(a, torch.Tensor))
-        return self.choose(impl, device, inputs).run(*inputs)
+        run = self.choose(impl, device, inputs).run
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            # Triton launches on the current device, wherever the tensors are.
+            with torch.cuda.device(device):
+                return run(*inputs)
+        return run(*inputs)
 
     def choose(
         self, impl: str, device: torch.device, inputs: Sequence[Any] | None = None
