@@ -31,11 +31,9 @@ from jv5kernels.stdlib_texts import standard_library_texts
 from jv5kernels.synthetic import write_checkpoint
 from jv5kernels.synthetic_layout import REAL_GEOMETRY
 
-COUNT = 4000
 MEDIAN_TOKENS, SIGMA, LONGEST_TOKENS = 180, 1.02, 8192
 CHARACTERS_A_TOKEN = 3.6
 BATCH_SIZES = {"cuda": (32, 128), "cpu": (4, 16, 32)}
-RUNS = {"cuda": 2, "cpu": 5}
 MIN_COSINE = {"cuda": 0.9999, "cpu": 0.999999}
 SAMPLE = 100
 
@@ -80,14 +78,16 @@ def cosine_min(a: np.ndarray, b: np.ndarray) -> float:
     return float((a.astype(np.float64) * b.astype(np.float64)).sum(1).min())
 
 
-def bench(folder: Path, texts: list[str], label: str, device: str) -> list[dict[str, Any]]:
+def bench(
+    folder: Path, texts: list[str], label: str, device: str, runs: int
+) -> list[dict[str, Any]]:
     from sentence_transformers import SentenceTransformer
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     ours = FastEncoder(folder, device=device, dtype=dtype)
     peer = SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": dtype})
     tokens = sum(map(len, ours.tokenize(texts)))
-    mine, embeddings = seconds(lambda: ours.encode(texts), RUNS[device] + 1)
+    mine, embeddings = seconds(lambda: ours.encode(texts), runs + 1)
     print(f"{label}: {len(texts)} texts, {tokens} tokens; jv5kernels {tokens / mine:.0f} tokens/s")
 
     found: dict[int, float] = {}
@@ -95,7 +95,7 @@ def bench(folder: Path, texts: list[str], label: str, device: str) -> list[dict[
         peer.encode(texts[:size], batch_size=size)
         found[size], theirs = seconds(
             lambda size=size: peer.encode(texts, batch_size=size, normalize_embeddings=True),
-            RUNS[device],
+            runs,
         )
         print(f"  sentence-transformers batch {size:4}: {tokens / found[size]:10.0f} tokens/s")
     sample = slice(0, None, max(1, len(texts) // SAMPLE))
@@ -133,6 +133,8 @@ def main() -> None:
         "--small-tokenizer", type=Path, help="tokenizer.json of the real vocabulary"
     )
     parser.add_argument("--nano-tokenizer", type=Path, help="tokenizer.json of the real vocabulary")
+    parser.add_argument("--count", type=int, default=4000, help="texts on CUDA")
+    parser.add_argument("--runs", type=int, default=3, help="timed runs of each")
     arguments = parser.parse_args()
     device = arguments.device
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
@@ -146,9 +148,11 @@ def main() -> None:
             folder = write_checkpoint(
                 Path(root) / "demo", family="small", layout="merged", geometry=GEOMETRY
             )
-            records += bench(folder, sources, "demo model, standard library docstrings", "cpu")
+            records += bench(
+                folder, sources, "demo model, standard library docstrings", "cpu", arguments.runs
+            )
         else:
-            texts = mixed_lengths(sources, COUNT)
+            texts = mixed_lengths(sources, arguments.count)
             for family in ("small", "nano"):
                 folder = write_checkpoint(
                     Path(root) / family,
@@ -159,7 +163,7 @@ def main() -> None:
                     tokenizer=getattr(arguments, f"{family}_tokenizer"),
                     device="cuda",
                 )
-                records += bench(folder, texts, f"{family}, mixed lengths", "cuda")
+                records += bench(folder, texts, f"{family}, mixed lengths", "cuda", arguments.runs)
     print(write_records("corpus" if device == "cuda" else "corpus-cpu", records))
 
 

@@ -122,9 +122,17 @@ def runs_of_equal_length(cu_seqlens: Tensor) -> Iterator[Run]:
         sequence += count
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of a CUDA tensor whose rows are off the 16-byte grid: torch's memory-efficient kernel faults on it."""
+    offsets = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
+    is_off = x.is_cuda and any(offset % 16 for offset in offsets)
+    return x.clone(memory_format=torch.contiguous_format) if is_off else x
+
+
 def _attention_torch(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
 ) -> Tensor:
+    q, k, v = aligned(q), aligned(k), aligned(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     is_grouped = q.shape[1] != k.shape[1]
     for run in runs_of_equal_length(cu_seqlens):

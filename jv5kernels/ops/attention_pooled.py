@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jv5kernels.ops.attention import check_attention, head_dim_unsupported, runs_of_equal_length
+from jv5kernels.ops.attention import (
+    aligned,
+    check_attention,
+    head_dim_unsupported,
+    runs_of_equal_length,
+)
 from jv5kernels.ops.checks import check_tensor
 from jv5kernels.ops.registry import Implementation, Operator, triton_unavailable
 
@@ -83,6 +88,7 @@ def _pooled_torch(
     scale: float,
     query_positions: Tensor | None,
 ) -> Tensor:
+    q, k, v = aligned(q), aligned(k), aligned(v)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     kv_heads = k.shape[1]
     for run in runs_of_equal_length(cu_seqlens):
