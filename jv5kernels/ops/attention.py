@@ -123,7 +123,7 @@ def runs_of_equal_length(cu_seqlens: Tensor) -> Iterator[Run]:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, or a copy of a CUDA tensor whose rows are off the 16-byte grid: torch's memory-efficient kernel faults on it."""
+    """x, or a copy of a CUDA tensor with rows off the 16-byte grid: torch's memory-efficient kernel faults on it."""
     offsets = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
     is_off = x.is_cuda and any(offset % 16 for offset in offsets)
     return x.clone(memory_format=torch.contiguous_format) if is_off else x
