@@ -25,7 +25,7 @@ from jv5kernels.output import OutputFormat
 
 # length -> sequences of it
 CUDA_LENGTHS = {16: 128, 512: 64, 4096: 16, 8192: 8, 32768: 3}
-CPU_LENGTHS = {1: 4, 16: 4, 512: 2, 4096: 1, 32768: 1}
+CPU_LENGTHS = {1: 4, 16: 4, 512: 2, 4096: 1}
 CPU_LAYERS = 2
 MUST = {torch.bfloat16: 0.9999, torch.float32: 0.999999}
 

@@ -100,8 +100,8 @@ TABLES = {
 def filled(text: str) -> str:
     """README text with every marked table made anew."""
     for name, table in TABLES.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        content = table().replace("\\", r"\\")
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        content = table().replace("\\", r"\\") + "\n"
         text, count = re.subn(pattern, rf"\g<1>{content}\g<2>", text, flags=re.S)
         assert count == 1, f"README.md must hold the markers of the table {name!r} once"
     return text
