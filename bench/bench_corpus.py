@@ -33,7 +33,7 @@ from jv5kernels.synthetic_layout import REAL_GEOMETRY
 
 MEDIAN_TOKENS, SIGMA, LONGEST_TOKENS = 180, 1.02, 8192
 CHARACTERS_A_TOKEN = 3.6
-BATCH_SIZES = {"cuda": (32, 128), "cpu": (1, 4, 16)}
+BATCH_SIZES = {"cuda": (32, 128), "cpu": (4, 16)}
 MIN_COSINE = {"cuda": 0.9999, "cpu": 0.999999}
 SAMPLE = 100
 
