@@ -26,10 +26,10 @@ import torch
 from harness import record, write_records
 
 from jv5kernels import FastEncoder
-from jv5kernels.demo import GEOMETRY
-from jv5kernels.stdlib_texts import standard_library_texts
-from jv5kernels.synthetic import write_checkpoint
-from jv5kernels.synthetic_layout import REAL_GEOMETRY
+from jv5kernels.commands.demo import GEOMETRY
+from jv5kernels.comparison.stdlib_texts import standard_library_texts
+from jv5kernels.synthetic.checkpoint import write_checkpoint
+from jv5kernels.synthetic.layout import REAL_GEOMETRY
 
 MEDIAN_TOKENS, SIGMA, LONGEST_TOKENS = 180, 1.02, 8192
 CHARACTERS_A_TOKEN = 3.6

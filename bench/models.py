@@ -14,7 +14,7 @@ from jv5kernels.backbone import PackedBackbone, fuse_layer
 from jv5kernels.model_spec import ModelSpec
 from jv5kernels.ops import rope_table
 from jv5kernels.packing import PackedBatch, pack
-from jv5kernels.synthetic import random_weights, real_spec
+from jv5kernels.synthetic.checkpoint import random_weights, real_spec
 
 __all__ = [
     "ModelSpec",

@@ -12,7 +12,7 @@ from torch import Tensor
 from jv5kernels.adapters import merge_adapter
 from jv5kernels.backbone import PackedBackbone, fuse_layer
 from jv5kernels.checkpoint import Checkpoint
-from jv5kernels.live_model import LiveModel
+from jv5kernels.live.model import LiveModel
 from jv5kernels.ops.qk_norm_rope import rope_table
 
 

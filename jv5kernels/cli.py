@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jv5kernels.arguments import STANDARD_OUTPUT, parser
+from jv5kernels.commands.arguments import STANDARD_OUTPUT, parser
 
 __all__ = ["main"]
 
@@ -79,8 +79,8 @@ def _is_about_the_machine(error: BaseException) -> bool:
 
 
 def _encode(options: argparse.Namespace) -> int:
-    from jv5kernels.bulk import Job, encode_corpus
-    from jv5kernels.files import Corpus, EmbeddingFile
+    from jv5kernels.commands.bulk import Job, encode_corpus
+    from jv5kernels.commands.files import Corpus, EmbeddingFile
 
     if options.precision in ("int8", "uint8") and options.ranges is None:
         raise ValueError(
@@ -116,7 +116,7 @@ def _encode(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from jv5kernels.files import Corpus
+    from jv5kernels.commands.files import Corpus
     from jv5kernels.verify import Thresholds, verify
 
     texts = [record.text for record in Corpus([options.text_file])] if options.text_file else None
@@ -137,10 +137,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from jv5kernels.demo import TASK, demo_checkpoint, documents_for
+    from jv5kernels.commands.demo import TASK, demo_checkpoint, documents_for
+    from jv5kernels.commands.quickbench import compare, render, shown
+    from jv5kernels.comparison.stdlib_texts import standard_library_texts
     from jv5kernels.encoder import FastEncoder
-    from jv5kernels.quickbench import compare, render, shown
-    from jv5kernels.stdlib_texts import standard_library_texts
 
     with _status("opening the model") as tell:
         model = options.model or str(demo_checkpoint())
@@ -174,7 +174,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from jv5kernels.info import collect, render
+    from jv5kernels.commands.info import collect, render
 
     facts = collect(options.model, _encoder_options(options))
     if options.json != STANDARD_OUTPUT:
@@ -184,7 +184,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from jv5kernels.demo import QUERY, render, run
+    from jv5kernels.commands.demo import QUERY, render, run
 
     with _status("starting") as tell:
         demo = run(

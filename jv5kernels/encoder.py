@@ -20,7 +20,7 @@ from jv5kernels.backbone import PackedBackbone
 from jv5kernels.backbones import CheckpointBackbones
 from jv5kernels.checkpoint import Checkpoint, open_checkpoint
 from jv5kernels.device import resolve_device, resolve_dtype
-from jv5kernels.live_model import LiveModel, open_live
+from jv5kernels.live.model import LiveModel, open_live
 from jv5kernels.memory import MemoryModel, default_token_budget, memory_model
 from jv5kernels.output import (
     OutputFormat,

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from jv5kernels.backbone import PackedBackbone
-from jv5kernels.live import Module, find_backbone, is_causal, spec_of
-from jv5kernels.live_call import Call, check_tensors, obstacle, packed, read_call
-from jv5kernels.live_weights import NotSupported, fuse_live_layers, unfuse_live_layers
+from jv5kernels.live.call import Call, check_tensors, obstacle, packed, read_call
+from jv5kernels.live.structure import Module, find_backbone, is_causal, spec_of
+from jv5kernels.live.weights import NotSupported, fuse_live_layers, unfuse_live_layers
 from jv5kernels.model_spec import ModelSpec
 from jv5kernels.ops.qk_norm_rope import rope_table
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jv5kernels.synthetic import write_checkpoint
+from jv5kernels.synthetic.checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="session")

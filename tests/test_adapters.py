@@ -12,8 +12,8 @@ from peft import PeftModel
 
 from jv5kernels.adapters import LoraAdapter, LoraPair, merge_adapter, read_adapter
 from jv5kernels.checkpoint import open_checkpoint
-from jv5kernels.reference import load_reference
-from jv5kernels.synthetic import (
+from jv5kernels.comparison.reference import load_reference
+from jv5kernels.synthetic.checkpoint import (
     TASKS,
     random_adapter,
     random_weights,

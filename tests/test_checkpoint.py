@@ -9,8 +9,8 @@ import torch
 from edits import edit, edit_tensors
 
 from jv5kernels.checkpoint import open_checkpoint
-from jv5kernels.reference import load_reference
-from jv5kernels.synthetic import REAL_GEOMETRY, TASKS, real_spec
+from jv5kernels.comparison.reference import load_reference
+from jv5kernels.synthetic.checkpoint import REAL_GEOMETRY, TASKS, real_spec
 
 pytest_plugins = ("checkpoint_folders",)
 

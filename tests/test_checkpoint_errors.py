@@ -12,7 +12,7 @@ import torch
 from edits import edit, edit_tensors
 
 from jv5kernels.checkpoint import open_checkpoint
-from jv5kernels.synthetic import TASKS
+from jv5kernels.synthetic.checkpoint import TASKS
 
 pytest_plugins = ("checkpoint_folders",)
 

@@ -16,7 +16,7 @@ import pytest
 
 from jv5kernels import FastEncoder
 from jv5kernels.cli import main
-from jv5kernels.synthetic import write_checkpoint
+from jv5kernels.synthetic.checkpoint import write_checkpoint
 
 TEXTS = [f"text {i}: " + "some words " * (i % 7) for i in range(23)] + ["", "  ", "ünïcödé 漢字"]
 GEOMETRY = {

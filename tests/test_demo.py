@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from jv5kernels import FastEncoder, demo, stdlib_texts
+from jv5kernels import FastEncoder
 from jv5kernels.cli import main
-from jv5kernels.stdlib_texts import standard_library_texts
+from jv5kernels.commands import demo
+from jv5kernels.comparison import stdlib_texts
+from jv5kernels.comparison.stdlib_texts import standard_library_texts
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from sentence_transformers.util import quantize_embeddings
 from jv5kernels import FastEncoder
 from jv5kernels.backbone import PackedBackbone
 from jv5kernels.checkpoint import open_checkpoint
-from jv5kernels.reference import load_reference, reference_embeddings
-from jv5kernels.synthetic import write_checkpoint
+from jv5kernels.comparison.reference import load_reference, reference_embeddings
+from jv5kernels.synthetic.checkpoint import write_checkpoint
 
 TASKS = ("retrieval", "text-matching", "clustering", "classification")
 TEXTS = [

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jv5kernels.files import Corpus, EmbeddingFile, Record, blocks
-from jv5kernels.formats import FORMATS
+from jv5kernels.commands.files import Corpus, EmbeddingFile, Record, blocks
+from jv5kernels.commands.formats import FORMATS
 
 DTYPES = ("float32", "float16", "int8", "uint8")
 
@@ -261,7 +261,7 @@ def test_bad_targets_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         EmbeddingFile(tmp_path / "out.csv")
     with pytest.raises(FileNotFoundError, match="no folder"):
         EmbeddingFile(tmp_path / "none" / "out.npy")
-    monkeypatch.setattr("jv5kernels.files.find_spec", lambda name: None)
+    monkeypatch.setattr("jv5kernels.commands.files.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'jv5kernels\[parquet\]'"):
         EmbeddingFile(tmp_path / "out.parquet")
 

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from jv5kernels.checkpoint import HUB_PATTERNS, open_checkpoint
-from jv5kernels.synthetic import TASKS
+from jv5kernels.synthetic.checkpoint import TASKS
 
 pytest_plugins = ("checkpoint_folders",)
 

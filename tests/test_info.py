@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from jv5kernels import FastEncoder, info
+from jv5kernels import FastEncoder
 from jv5kernels.cli import main
+from jv5kernels.commands import info
 from jv5kernels.ops.registry import OPERATORS
-from jv5kernels.synthetic import write_checkpoint
+from jv5kernels.synthetic.checkpoint import write_checkpoint
 
 
 def test_every_operator_names_its_implementation_and_speaks_to_every_other() -> None:

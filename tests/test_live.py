@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from jv5kernels.checkpoint import open_checkpoint
-from jv5kernels.live import find_backbone, spec_of
-from jv5kernels.reference import load_reference
-from jv5kernels.synthetic import write_checkpoint
+from jv5kernels.comparison.reference import load_reference
+from jv5kernels.live.structure import find_backbone, spec_of
+from jv5kernels.synthetic.checkpoint import write_checkpoint
 
 TINY = {
     "vocab_size": 50,

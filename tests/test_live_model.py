@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from jv5kernels.checkpoint import open_checkpoint
-from jv5kernels.live_model import open_live
+from jv5kernels.live.model import open_live
 from jv5kernels.patching import patch, unpatch
-from jv5kernels.synthetic import TASKS, write_checkpoint
+from jv5kernels.synthetic.checkpoint import TASKS, write_checkpoint
 
 TEXTS = [
     "short",

@@ -10,8 +10,12 @@ from peft import PeftModel
 from transformers.utils import logging
 
 from jv5kernels.checkpoint import open_checkpoint
-from jv5kernels.reference import load_reference, reference_embeddings, reference_tokenizer
-from jv5kernels.synthetic import TASKS
+from jv5kernels.comparison.reference import (
+    load_reference,
+    reference_embeddings,
+    reference_tokenizer,
+)
+from jv5kernels.synthetic.checkpoint import TASKS
 
 pytest_plugins = ("checkpoint_folders",)
 

@@ -10,12 +10,16 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
-from jv5kernels import synthetic
 from jv5kernels.adapters import merge_adapter
 from jv5kernels.checkpoint import open_checkpoint
+from jv5kernels.comparison.reference import (
+    load_reference,
+    reference_embeddings,
+    reference_tokenizer,
+)
 from jv5kernels.model_spec import ModelSpec
-from jv5kernels.reference import load_reference, reference_embeddings, reference_tokenizer
-from jv5kernels.synthetic import (
+from jv5kernels.synthetic import checkpoint as synthetic
+from jv5kernels.synthetic.checkpoint import (
     REAL_GEOMETRY,
     TASKS,
     random_adapter,
@@ -23,7 +27,7 @@ from jv5kernels.synthetic import (
     real_spec,
     write_checkpoint,
 )
-from jv5kernels.synthetic_tokenizer import train_tokenizer
+from jv5kernels.synthetic.tokenizer import train_tokenizer
 
 pytest_plugins = ("checkpoint_folders",)
 

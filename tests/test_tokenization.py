@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from jv5kernels.synthetic_tokenizer import train_tokenizer
+from jv5kernels.synthetic.tokenizer import train_tokenizer
 from jv5kernels.tokenization import Tokenization, resolve_prompt
 
 FAMILIES = ["small", "nano", "qwen3-embedding"]

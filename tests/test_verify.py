@@ -16,13 +16,13 @@ from sentence_transformers import SentenceTransformer
 
 from jv5kernels import FastEncoder, encoder, verify
 from jv5kernels.checkpoint import Checkpoint, open_checkpoint
-from jv5kernels.live_model import open_live
-from jv5kernels.live_reference import live_embeddings, live_reference
+from jv5kernels.comparison.reference import load_reference, reference_embeddings
+from jv5kernels.comparison.texts_of_length import sample_texts
+from jv5kernels.live.model import open_live
+from jv5kernels.live.reference import live_embeddings, live_reference
 from jv5kernels.patching import patch
-from jv5kernels.reference import load_reference, reference_embeddings
-from jv5kernels.synthetic import TASKS, write_checkpoint
+from jv5kernels.synthetic.checkpoint import TASKS, write_checkpoint
 from jv5kernels.verify import Thresholds, VerifyReport
-from jv5kernels.verify_texts import sample_texts
 
 TEXTS = ["a text", "another text, a little longer than the first", "", "x " * 40]
 
@@ -232,7 +232,7 @@ def test_a_live_model_that_is_changed_later_is_noticed(merged: Path) -> None:
 @pytest.mark.parametrize("family", ["small", "nano"])
 def test_bfloat16_on_cuda(tmp_path: Path, family: str) -> None:
     """Real geometry, four layers: within 0.9999 of fp32, and no further away than Transformers' own bf16."""
-    from jv5kernels.synthetic import REAL_GEOMETRY
+    from jv5kernels.synthetic.checkpoint import REAL_GEOMETRY
 
     geometry = {**REAL_GEOMETRY[family], "num_hidden_layers": 4}
     folder = write_checkpoint(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jv5kernels.files import Corpus, EmbeddingFile, blocks
+from jv5kernels.commands.files import Corpus, EmbeddingFile, blocks
 
 if TYPE_CHECKING:
     from jv5kernels.encoder import FastEncoder

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from jv5kernels.live import Module
-from jv5kernels.live_model import LiveModel
+from jv5kernels.live.model import LiveModel
+from jv5kernels.live.structure import Module
 from jv5kernels.patching import unpatch
 
 __all__ = ["live_embeddings", "live_reference"]
@@ -52,7 +52,7 @@ def live_embeddings(
     """Returns embeddings (N, C), float32, unit length, one text at a time without padding.
 
     Args:
-        model: from `live_reference`.
+        model: what `live_reference` returned.
         texts: with their prompts in front.
         pooling: "lasttoken", "mean" or "cls".
     """

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from jv5kernels.formats import FORMATS
+from jv5kernels.commands.formats import FORMATS
 
 __all__ = ["Corpus", "EmbeddingFile", "Record", "blocks"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from jv5kernels.backbone import LayerWeights, LowRank, Projection
-from jv5kernels.live import ATTENTION, MLP, Module, base_linear
+from jv5kernels.live.structure import ATTENTION, MLP, Module, base_linear
 from jv5kernels.model_spec import ModelSpec
 
 _fusing = Lock()

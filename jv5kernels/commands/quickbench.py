@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from jv5kernels.peers import TransformersPeer, merged_reference, sentence_transformers_peer
+from jv5kernels.comparison.peers import (
+    TransformersPeer,
+    merged_reference,
+    sentence_transformers_peer,
+)
 
 if TYPE_CHECKING:
     from jv5kernels.encoder import FastEncoder

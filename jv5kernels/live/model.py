@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from jv5kernels.adapters import LoraAdapter, LoraPair
 from jv5kernels.encoding_settings import BASE_DEFAULT_PROMPT, BASE_PROMPTS, POOLINGS
-from jv5kernels.live import Module, find_backbone, spec_of
-from jv5kernels.live_weights import NotSupported, low_rank_terms, plain_weight
+from jv5kernels.live.structure import Module, find_backbone, spec_of
+from jv5kernels.live.weights import NotSupported, low_rank_terms, plain_weight
 from jv5kernels.model_spec import LINEARS, ModelSpec
 
 __all__ = ["LiveModel", "open_live"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
-from jv5kernels.stdlib_texts import standard_library_texts
+from jv5kernels.comparison.stdlib_texts import standard_library_texts
 
 if TYPE_CHECKING:
     from jv5kernels.encoder import FastEncoder

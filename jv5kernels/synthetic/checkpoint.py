@@ -24,7 +24,7 @@ from torch import Tensor
 
 from jv5kernels.adapters import LoraAdapter, LoraPair, adapter_files, merge_adapter
 from jv5kernels.model_spec import ModelSpec
-from jv5kernels.synthetic_layout import (
+from jv5kernels.synthetic.layout import (
     REAL_GEOMETRY,
     TASKS,
     TINY_GEOMETRY,
@@ -34,7 +34,7 @@ from jv5kernels.synthetic_layout import (
     write_settings,
     write_tokenizer_files,
 )
-from jv5kernels.synthetic_tokenizer import train_tokenizer
+from jv5kernels.synthetic.tokenizer import train_tokenizer
 
 __all__ = [
     "FAMILIES",

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jv5kernels import __version__
-from jv5kernels.stdlib_texts import Document, standard_library_texts
+from jv5kernels.comparison.stdlib_texts import Document, standard_library_texts
 
 if TYPE_CHECKING:
+    from jv5kernels.commands.quickbench import Comparison
     from jv5kernels.encoder import FastEncoder
-    from jv5kernels.quickbench import Comparison
 
 __all__ = ["Demo", "demo_checkpoint", "documents_for", "run", "render"]
 
@@ -71,7 +71,7 @@ def demo_checkpoint(cache: Path | None = None) -> Path:
     Args:
         cache: folder to keep it in; default `cache_folder()`.
     """
-    from jv5kernels.synthetic import write_checkpoint
+    from jv5kernels.synthetic.checkpoint import write_checkpoint
 
     texts = [document.text for document in standard_library_texts()]
     cache = cache or cache_folder()
@@ -119,8 +119,8 @@ def run(
         tell: is told what happens next.
     """
     tell("loading torch")
+    from jv5kernels.commands.quickbench import compare
     from jv5kernels.encoder import FastEncoder
-    from jv5kernels.quickbench import compare
 
     options = dict(encoder_options or {})
     random_weights = model is None
@@ -152,7 +152,7 @@ def run(
 
 
 def _read_texts(path: Path) -> list[Document]:
-    from jv5kernels.files import Corpus
+    from jv5kernels.commands.files import Corpus
 
     documents = [
         Document(f"{path.name}:{record.id}", record.text)
@@ -194,7 +194,7 @@ def render(demo: Demo) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from jv5kernels import quickbench
+    from jv5kernels.commands import quickbench
 
     head = Table(box=None, show_header=False, pad_edge=False)
     head.add_column(style="bold", no_wrap=True)
@@ -227,7 +227,7 @@ def render(demo: Demo) -> Any:
 def _parity(comparison: Comparison) -> Any:
     from rich.text import Text
 
-    from jv5kernels import quickbench
+    from jv5kernels.commands import quickbench
 
     worst = min(result.cosine_min for result in comparison.results)
     verdict = ("agrees", "green") if comparison.agrees else ("DISAGREES", "bold red")

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 
 from jv5kernels.backbone import LayerWeights
-from jv5kernels.live import Module
-from jv5kernels.live_weights import NotSupported, active_adapters
+from jv5kernels.live.structure import Module
+from jv5kernels.live.weights import NotSupported, active_adapters
 from jv5kernels.packing import PackedBatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""The JSON files of the checkpoints that `synthetic` writes, as the real repositories have them."""
+"""The JSON files of the checkpoints that `synthetic.checkpoint` writes, as the real repositories have them."""
 
 from __future__ import annotations
 

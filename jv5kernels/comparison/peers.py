@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jv5kernels.checkpoint import Checkpoint
-from jv5kernels.reference import load_reference
+from jv5kernels.comparison.reference import load_reference
 
 if TYPE_CHECKING:
     from jv5kernels.encoder import FastEncoder

@@ -1,0 +1,1 @@
+"""Live Transformers and Sentence Transformers models: what `patch` and FastEncoder need of them."""
