@@ -74,19 +74,22 @@ DEFAULT_CORPUS = (
 )
 
 
-def train_tokenizer(family: str, corpus: Iterable[str] | None = None) -> Tokenizer:
+def train_tokenizer(
+    family: str, corpus: Iterable[str] | None = None, *, vocab_size: int = VOCAB_SIZE
+) -> Tokenizer:
     """Returns a tokenizer of a family's layout, the same one for the same corpus.
 
     Args:
         family: "small" (nothing appended), "nano" (<|end_of_text|> appended) or "qwen3-embedding" (<|endoftext|>).
         corpus: texts to learn merges from; default a few sentences in fifteen languages.
+        vocab_size: bytes and merges; special tokens come on top.
     """
     texts = DEFAULT_CORPUS if corpus is None else tuple(corpus)
-    return Tokenizer.from_str(_trained(family, texts))
+    return Tokenizer.from_str(_trained(family, texts, vocab_size))
 
 
 @lru_cache(maxsize=16)
-def _trained(family: str, corpus: tuple[str, ...]) -> str:
+def _trained(family: str, corpus: tuple[str, ...], vocab_size: int) -> str:
     tokenizer = Tokenizer(BPE(ignore_merges=True))
     if family != "nano":
         tokenizer.normalizer = normalizers.NFC()
@@ -99,7 +102,7 @@ def _trained(family: str, corpus: tuple[str, ...]) -> str:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(ByteLevel.alphabet())
-    trainer = BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, show_progress=False)
+    trainer = BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
     # After training, so that their ids follow the vocabulary as in the real files.
     specials = [

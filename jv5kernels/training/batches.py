@@ -1,0 +1,230 @@
+"""Batches of each stage, a function of seed and step alone: a resumed run sees what an unbroken one would."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from jv5kernels.training.corpus import Texts
+from jv5kernels.training.recipe import Stage
+
+__all__ = ["Batches", "Source", "padded"]
+
+# Texts of one forward pass are cut into so many groups of similar length.
+GROUPS = 4
+# Widths are multiples of this, so that few shapes occur.
+WIDTH = 16
+NEGATIVES_PER_ANCHOR = 7
+# How often a text is taken in English where other languages are there.
+ENGLISH_QUERIES, ENGLISH_DOCUMENTS = 0.5, 0.75
+
+
+@dataclass(frozen=True)
+class Source:
+    """What batches are made of.
+
+    Attributes:
+        texts: tokenised texts of the training packages.
+        targets: (english texts, teacher dim), the teacher's embeddings.
+        neighbours: (packages, count), mined documents of each English synopsis; None where no stage needs them.
+    """
+
+    texts: Texts
+    targets: np.ndarray
+    neighbours: np.ndarray | None = None
+
+    @cached_property
+    def rows(self) -> dict[tuple[str, bool], list[np.ndarray]]:
+        """(kind, English or not) -> rows of every package."""
+        return {
+            (kind, english): self.texts.by_package(kind, english=english)
+            for kind in ("query", "synopsis", "description", "paragraph")
+            for english in (True, False)
+        }
+
+    @cached_property
+    def by_source(self) -> list[np.ndarray]:
+        order = np.argsort(self.texts.source, kind="stable")
+        bounds = np.flatnonzero(np.diff(self.texts.source[order])) + 1
+        return np.split(order, bounds)
+
+    @cached_property
+    def by_section(self) -> dict[int, np.ndarray]:
+        section = self.texts.section
+        groups = {int(s): np.flatnonzero(section == s) for s in np.unique(section)}
+        return {s: members for s, members in groups.items() if len(members) > 1}
+
+    @cached_property
+    def document_targets(self) -> np.ndarray:
+        """(packages,) the target of each English description: equal for equal texts."""
+        first = [rows[0] for rows in self.rows["description", True]]
+        return self.texts.target[first]
+
+    @cached_property
+    def topics(self) -> np.ndarray:
+        """(packages, teacher dim): the unit centroid of each package's section."""
+        unit = self.targets[self.document_targets].astype(np.float32)
+        centroids = np.zeros_like(unit)
+        for section in np.unique(self.texts.section):
+            members = self.texts.section == section
+            centroid = unit[members].mean(0)
+            centroids[members] = centroid / max(float(np.linalg.norm(centroid)), 1e-12)
+        return centroids
+
+
+def padded(tokens: list[np.ndarray], groups: int = GROUPS) -> list[dict[str, Tensor]]:
+    """Returns groups of similar length, each padded on the right with 0.
+
+    A causal backbone never looks at what follows a token, so padding needs no mask.
+
+    Returns:
+        for each group: ids (rows, width) int64, last (rows,) the position of the last token, rows (rows,) where its
+        texts stood.
+    """
+    lengths = np.asarray([len(ids) for ids in tokens])
+    parts = []
+    for rows in np.array_split(np.argsort(lengths, kind="stable"), min(groups, len(tokens))):
+        width = -(-int(lengths[rows].max()) // WIDTH) * WIDTH
+        ids = np.zeros((len(rows), width), dtype=np.int64)
+        for to, row in enumerate(rows):
+            ids[to, : lengths[row]] = tokens[row]
+        parts.append(
+            {
+                "ids": torch.from_numpy(ids),
+                "last": torch.from_numpy(lengths[rows] - 1),
+                "rows": torch.from_numpy(rows),
+            }
+        )
+    return parts
+
+
+class Batches(Dataset):
+    """The batches of one stage; item i is the whole batch of step i.
+
+    Args:
+        source: what to draw from.
+        stage: sizes and which losses want what.
+        kind: "pairs", "topics" or "classes".
+        seed: of the draws.
+    """
+
+    def __init__(self, source: Source, stage: Stage, kind: str, seed: int) -> None:
+        makers = {"pairs": self._pairs, "topics": self._topics, "classes": self._classes}
+        self.source, self.stage, self.seed, self.make = source, stage, seed, makers[kind]
+
+    def __len__(self) -> int:
+        return self.stage.steps
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        return self.make(np.random.default_rng([self.seed, step]))
+
+    def _packages(self, rng: np.random.Generator) -> np.ndarray:
+        """Packages of whole source packages, for siblings are each other's hardest negatives."""
+        wanted = min(self.stage.batch, len(self.source.texts.source))
+        groups = self.source.by_source
+        chosen: list[np.ndarray] = []
+        count = 0
+        for group in rng.permutation(len(groups)):
+            # Of very large source packages, a part.
+            chosen.append(rng.permutation(groups[group])[:32])
+            count += len(chosen[-1])
+            if count >= wanted:
+                break
+        return np.concatenate(chosen)[:wanted]
+
+    def _draw(
+        self, rng: np.random.Generator, packages: np.ndarray, kind: str, english_share: float
+    ) -> np.ndarray:
+        english, others = self.source.rows[kind, True], self.source.rows[kind, False]
+        take_other = rng.random(len(packages)) >= english_share
+        which = rng.random(len(packages))
+        drawn = np.empty(len(packages), dtype=np.int64)
+        for i, package in enumerate(packages):
+            rows = others[package] if take_other[i] and len(others[package]) else english[package]
+            drawn[i] = rows[int(which[i] * len(rows))]
+        return drawn
+
+    def _texts(self, rows: np.ndarray) -> list[dict[str, Tensor]]:
+        return padded(self.source.texts.tokens(rows, self.stage.max_tokens))
+
+    def _targets(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.source.targets[self.source.texts.target[rows]])
+
+    def _pairs(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Synopses and descriptions of the same packages, in languages drawn apart, and hard negatives."""
+        packages = self._packages(rng)
+        kind = "synopsis" if "cosent" in self.stage.weights else "query"
+        queries = self._draw(rng, packages, kind, ENGLISH_QUERIES)
+        documents = self._draw(rng, packages, "description", ENGLISH_DOCUMENTS)
+        keys = self.source.document_targets[packages]
+        batch: dict[str, Any] = {
+            "queries": self._texts(queries),
+            "query_targets": self._targets(queries),
+            "document_targets": self._targets(documents),
+        }
+        if self.stage.hard_negatives:
+            assert self.source.neighbours is not None, "hard negatives have been mined"
+            pick = rng.integers(
+                self.source.neighbours.shape[1], size=(len(packages), self.stage.hard_negatives)
+            )
+            negatives = np.take_along_axis(self.source.neighbours[packages], pick, 1).flatten()
+            negatives = negatives[~np.isin(negatives, packages)]
+            english = np.asarray([self.source.rows["description", True][p][0] for p in negatives])
+            documents = np.concatenate([documents, english.astype(np.int64)])
+            keys = np.concatenate([keys, self.source.document_targets[negatives]])
+        batch["documents"] = self._texts(documents)
+        batch["keys"] = torch.from_numpy(keys.astype(np.int64))
+        paragraphs = self._paragraphs(rng) if "paragraph" in self.stage.weights else None
+        if paragraphs is not None:
+            batch["paragraphs"] = self._texts(paragraphs)
+            batch["paragraph_targets"] = self._targets(paragraphs)
+        return batch
+
+    @cached_property
+    def _paragraph_rows(self) -> np.ndarray:
+        return np.concatenate(self.source.rows["paragraph", True])
+
+    def _paragraphs(self, rng: np.random.Generator) -> np.ndarray | None:
+        rows = self._paragraph_rows
+        return rng.choice(rows, min(self.stage.batch // 2, len(rows)), replace=False) if len(rows) else None
+
+    def _topics(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Single texts; the target is the teacher's embedding moved to the centroid of the text's section."""
+        packages = self._packages(rng)
+        kind = "synopsis" if rng.random() < 0.5 else "description"
+        rows = self._draw(rng, packages, kind, ENGLISH_DOCUMENTS)
+        topics = torch.from_numpy(self.source.topics[packages])
+        return {"texts": self._texts(rows), "topic_targets": self._targets(rows).float() + topics}
+
+    def _classes(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Anchors, a positive each of the same section, and seven negatives each of other sections."""
+        groups = self.source.by_section
+        section = self.source.texts.section
+        eligible = np.flatnonzero(np.isin(section, list(groups)))
+        anchors = rng.choice(eligible, min(self.stage.batch, len(eligible)), replace=False)
+        positives = np.asarray([_other(rng, groups[int(section[a])], a) for a in anchors])
+        negatives = rng.choice(len(section), (len(anchors), NEGATIVES_PER_ANCHOR))
+        same = section[negatives] == section[anchors][:, None]
+        while same.any():
+            negatives[same] = rng.choice(len(section), int(same.sum()))
+            same = section[negatives] == section[anchors][:, None]
+        packages = np.concatenate([anchors, positives, negatives.flatten()])
+        rows = self._draw(rng, packages, "description", ENGLISH_DOCUMENTS)
+        return {
+            "items": self._texts(rows),
+            "anchors": torch.tensor(len(anchors)),
+            "sections": torch.from_numpy(section[anchors].astype(np.int64)),
+        }
+
+
+def _other(rng: np.random.Generator, members: np.ndarray, but: int) -> int:
+    drawn = int(rng.choice(members))
+    while drawn == but:
+        drawn = int(rng.choice(members))
+    return drawn

@@ -1,0 +1,180 @@
+"""The corpus as arrays: every text as token ids, and which English text the teacher embeds in its place.
+
+A text is a synopsis (as query and as document), a long description or, in English, a paragraph of one. The teacher
+reads English alone, so the target of a text in another language is the embedding of its English counterpart.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+__all__ = ["KINDS", "Package", "Texts", "build_texts", "read_packages"]
+
+KINDS = ("query", "synopsis", "description", "paragraph")
+PROMPTS = {"query": "Query: ", "document": "Document: "}
+# Paragraphs shorter than this say too little for a target of their own.
+PARAGRAPH_CHARACTERS = 40
+# One source package in so many is set aside to watch the training.
+DEV_SHARE = 20
+
+
+@dataclass(frozen=True)
+class Package:
+    """One line of the corpus; synopsis and description map a language to a text, English always among them."""
+
+    name: str
+    source: str
+    section: str
+    split: str
+    synopsis: dict[str, str]
+    description: dict[str, str]
+
+
+def read_packages(path: str | Path) -> list[Package]:
+    """Reads a corpus of JSON lines, plain or compressed (.gz, .xz).
+
+    Of the split "train", a twentieth of the source packages becomes "dev".
+
+    Raises:
+        ValueError: a line that is not JSON or lacks a key, with its number.
+    """
+    packages = []
+    for number, line in enumerate(_lines(Path(path)), start=1):
+        try:
+            packages.append(_package(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: no package: {error!r}") from error
+    return packages
+
+
+def _lines(path: Path) -> Iterator[str]:
+    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+    with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+        yield from file
+
+
+def _package(row: dict[str, Any]) -> Package:
+    split = row["split"]
+    if split == "train" and zlib.crc32(row["source"].encode()) % DEV_SHARE == 0:
+        split = "dev"
+    for key in ("synopsis", "description"):
+        if "en" not in row[key]:
+            raise ValueError(f"{key} has no English text")
+    return Package(
+        row["package"],
+        row["source"],
+        row["section"].rpartition("/")[2],
+        split,
+        row["synopsis"],
+        row["description"],
+    )
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokenised texts of some packages.
+
+    Attributes:
+        ids, offsets: text i has the ids[offsets[i]:offsets[i + 1]]; uint16 and int64.
+        package, kind, english: (texts,) which package, which of KINDS, and whether in English.
+        target: (texts,) row of `english_texts`.
+        english_texts: distinct texts for the teacher.
+        source, section: (packages,) numbers of names.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    package: np.ndarray
+    kind: np.ndarray
+    english: np.ndarray
+    target: np.ndarray
+    english_texts: list[str]
+    source: np.ndarray
+    section: np.ndarray
+
+    def tokens(self, rows: Iterable[int], max_tokens: int) -> list[np.ndarray]:
+        """Returns the ids of some texts, each cut to max_tokens."""
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        return [self.ids[starts[i] : min(ends[i], starts[i] + max_tokens)] for i in rows]
+
+    def by_package(self, kind: str, *, english: bool) -> list[np.ndarray]:
+        """Returns for each package the rows of its texts of a kind, in English or in other languages."""
+        wanted = (self.kind == KINDS.index(kind)) & (self.english == english)
+        rows = np.flatnonzero(wanted)
+        order = rows[np.argsort(self.package[rows], kind="stable")]
+        bounds = np.searchsorted(self.package[order], np.arange(len(self.source) + 1))
+        return [order[bounds[i] : bounds[i + 1]] for i in range(len(self.source))]
+
+
+def build_texts(
+    packages: Sequence[Package], tokenizer: Tokenizer, *, max_tokens: int = 256
+) -> Texts:
+    """Tokenises all texts of some packages, with their prompts."""
+    prompted: list[str] = []
+    fields: list[tuple[int, int, bool, int]] = []
+    numbers: dict[str, int] = {}
+
+    def add(package: int, kind: str, language: str, text: str, english: str) -> None:
+        prompted.append(PROMPTS["query" if kind == "query" else "document"] + text)
+        target = numbers.setdefault(english, len(numbers))
+        fields.append((package, KINDS.index(kind), language == "en", target))
+
+    seen: set[str] = set()
+    for number, package in enumerate(packages):
+        for language, text in package.synopsis.items():
+            for kind in ("query", "synopsis"):
+                add(number, kind, language, text, package.synopsis["en"])
+        for language, text in package.description.items():
+            add(number, "description", language, text, package.description["en"])
+        for paragraph in _paragraphs(package.description["en"]):
+            if paragraph not in seen:
+                seen.add(paragraph)
+                add(number, "paragraph", "en", paragraph, paragraph)
+    ids, offsets = _tokenized(tokenizer, prompted, max_tokens)
+    columns = [np.asarray(column) for column in zip(*fields, strict=True)]
+    return Texts(
+        ids,
+        offsets,
+        columns[0].astype(np.int32),
+        columns[1].astype(np.int8),
+        columns[2].astype(bool),
+        columns[3].astype(np.int32),
+        list(numbers),
+        _numbered(package.source for package in packages),
+        _numbered(package.section for package in packages),
+    )
+
+
+def _paragraphs(description: str) -> list[str]:
+    parts = [part.strip() for part in description.split("\n")]
+    return [p for p in parts if len(p) >= PARAGRAPH_CHARACTERS] if len(parts) > 1 else []
+
+
+def _tokenized(
+    tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if tokenizer.get_vocab_size() > 2**16:
+        raise ValueError("token ids are kept in 16 bits: the vocabulary is larger")
+    pieces, lengths = [], []
+    for start in range(0, len(texts), 20_000):
+        for encoding in tokenizer.encode_batch(texts[start : start + 20_000]):
+            kept = encoding.ids[:max_tokens]
+            pieces.append(np.asarray(kept, dtype=np.uint16))
+            lengths.append(len(kept))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return np.concatenate(pieces), offsets
+
+
+def _numbered(names: Iterable[str]) -> np.ndarray:
+    numbers: dict[str, int] = {}
+    return np.asarray([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int32)

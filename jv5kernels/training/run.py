@@ -1,0 +1,215 @@
+"""A whole training run: corpus and teacher in, a checkpoint in the base repositories' layout out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from jv5kernels.synthetic.tokenizer import train_tokenizer
+from jv5kernels.training.batches import Batches, Source, padded
+from jv5kernels.training.corpus import Package, Texts, build_texts
+from jv5kernels.training.objective import Objective
+from jv5kernels.training.recipe import Recipe, Stage
+from jv5kernels.training.scores import ndcg_at
+from jv5kernels.training.stages import run_stage
+from jv5kernels.training.student import (
+    adapter_tensors,
+    embed,
+    new_backbone,
+    set_rope_theta,
+    with_adapter,
+    write_adapter,
+    write_base,
+)
+from jv5kernels.training.teacher import embed_with_teacher, mine_neighbours
+
+__all__ = ["Run", "tokenizer_for"]
+
+NEIGHBOURS = 24
+VOCAB_MULTIPLE = 64
+BATCHES = {"text-matching": "pairs", "retrieval": "pairs", "clustering": "topics", "classification": "classes"}
+
+
+def tokenizer_for(packages: Sequence[Package], vocab_size: int) -> Tokenizer:
+    """Returns a byte-level BPE tokenizer of the texts of the split "train", in all languages."""
+    texts = (
+        text
+        for package in packages
+        if package.split == "train"
+        for texts in (package.synopsis, package.description)
+        for text in texts.values()
+    )
+    return train_tokenizer("small", texts, vocab_size=vocab_size)
+
+
+@dataclass
+class Run:
+    """A training run in a folder: each step keeps its result there, and a repeated call goes on behind the last one.
+
+    Args:
+        folder: for the tokenizer, the teacher's embeddings, checkpoints, the log and the finished model.
+        packages: the corpus; only the split "train" is learnt from, "dev" is watched.
+        teacher: folder or hub id of a Sentence Transformers model.
+        recipe: sizes, stages and seed.
+        device: "cuda" or "cpu".
+        progress: show progress bars.
+        tell: is told what happens next.
+    """
+
+    folder: Path
+    packages: Sequence[Package]
+    teacher: str | Path
+    recipe: Recipe
+    device: str
+    progress: bool = True
+    tell: Callable[[str], object] = print
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.started = time.perf_counter()
+        self.log: dict[str, Any] = {"recipe": asdict(self.recipe), "history": {}, "dev": {}, "seconds": {}}
+
+    @property
+    def model(self) -> Path:
+        """Where the finished model is."""
+        return self.folder / "model"
+
+    def prepare(self) -> None:
+        """Trains the tokenizer, tokenises the corpus, embeds it with the teacher and mines hard negatives."""
+        self.tokenizer = self._tokenizer()
+        train = [package for package in self.packages if package.split == "train"]
+        dev = [package for package in self.packages if package.split == "dev"]
+        if not train or not dev:
+            raise ValueError(f"the corpus has {len(train)} packages to train on and {len(dev)} to watch")
+        texts = build_texts(train, self.tokenizer)
+        self.dev = build_texts(dev, self.tokenizer)
+        self._timed("tokenised")
+        targets = embed_with_teacher(
+            self.teacher, texts.english_texts, device=self.device, cache=self.folder
+        )
+        self._timed("teacher")
+        source = Source(texts, targets)
+        queries = np.asarray([rows[0] for rows in source.rows["query", True]])
+        neighbours = mine_neighbours(
+            targets[texts.target[queries]],
+            targets[source.document_targets],
+            source.document_targets,
+            count=NEIGHBOURS,
+            device=self.device,
+        )
+        self.source = replace(source, neighbours=neighbours)
+        self._timed("mined")
+
+    def distil(self) -> nn.Module:
+        """Returns the backbone after stage 1."""
+        torch.manual_seed(self.recipe.seed)
+        rows = -(-self.tokenizer.get_vocab_size() // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.backbone = new_backbone(self.recipe, rows)
+        self.projection = nn.Linear(self.backbone.config.hidden_size, self.source.targets.shape[1])  # type: ignore
+        objective = self._objective(self.backbone, self.recipe.distillation)
+        self._train("distillation", objective, "pairs", self.recipe.seed)
+        write_base(self.model, self.recipe, self.backbone, self.tokenizer, list(self.recipe.adapters))
+        return self.backbone
+
+    def adapt(self, task: str, *, stage: Stage | None = None, seed: int | None = None, name: str | None = None) -> dict[str, Tensor]:
+        """Trains one task's adapter on the frozen backbone and returns its tensors; the backbone stays as it was.
+
+        Args:
+            stage: in place of the recipe's, with `name` for its folder and log.
+        """
+        seed = self.recipe.seed if seed is None else seed
+        torch.manual_seed(seed)
+        stage = stage or self.recipe.adapters[task]
+        self.backbone.requires_grad_(False)
+        adapted = with_adapter(self.backbone, task, self.recipe.lora_rank)
+        projection = nn.Linear(self.projection.in_features, self.projection.out_features)
+        projection.load_state_dict(self.projection.state_dict())
+        objective = self._objective(adapted, stage, projection)
+        self._train(name or task, objective, BATCHES[task], seed)
+        tensors = adapter_tensors(adapted)
+        adapted.unload()
+        return tensors
+
+    def write(self, task: str, tensors: dict[str, Tensor]) -> None:
+        """Adds an adapter to the model's folder."""
+        write_adapter(self.model, task, tensors)
+
+    def save_log(self) -> Path:
+        """Writes log.json: recipe, losses by step, dev scores, seconds."""
+        path = self.folder / "log.json"
+        path.write_text(json.dumps(self.log, indent=1) + "\n", "utf-8")
+        return path
+
+    def _tokenizer(self) -> Tokenizer:
+        kept = self.folder / "tokenizer.json"
+        if not kept.is_file():
+            self.tell("training the tokenizer")
+            fresh = kept.with_suffix(".part")
+            tokenizer_for(self.packages, self.recipe.vocab_size).save(str(fresh), pretty=False)
+            fresh.replace(kept)
+        return Tokenizer.from_file(str(kept))
+
+    def _objective(
+        self, backbone: nn.Module, stage: Stage, projection: nn.Linear | None = None
+    ) -> Objective:
+        dims = [dim for dim in self.recipe.matryoshka_dims]
+        return Objective(backbone, stage, dims, projection or self.projection).to(self.device)
+
+    def _train(self, name: str, objective: Objective, kind: str, seed: int) -> None:
+        stage = objective.stage
+        self.tell(f"{name}: {stage.steps} steps of {stage.batch}")
+        set_rope_theta(self.backbone, stage.rope_theta)
+        objective.train()
+        history = run_stage(
+            objective,
+            Batches(self.source, stage, kind, seed),
+            self.folder / "checkpoints" / name,
+            seed=seed,
+            device=self.device,
+            progress=self.progress,
+        )
+        trained = self.dev_score(objective.backbone)
+        set_rope_theta(self.backbone, self.recipe.inference_theta)
+        scores = self.dev_score(objective.backbone)
+        self.log["history"][name] = history
+        self.log["dev"][name] = {"ndcg@10": scores, "ndcg@10 at the base in training": trained}
+        self._timed(name)
+        self.tell(f"{name}: dev nDCG@10 {scores:.4f} ({trained:.4f} at the RoPE base in training)")
+
+    def dev_score(self, backbone: nn.Module) -> float:
+        """nDCG@10 of English synopses against all English descriptions of the split "dev"."""
+        backbone.eval()
+        queries, documents = (
+            self._embeddings(backbone, self.dev, kind) for kind in ("query", "description")
+        )
+        return float(ndcg_at(queries @ documents.T, np.arange(len(queries))).mean())
+
+    def _embeddings(self, backbone: nn.Module, texts: Texts, kind: str) -> np.ndarray:
+        rows = [r[0] for r in texts.by_package(kind, english=True)]
+        out = []
+        for start in range(0, len(rows), 1024):
+            parts = padded(texts.tokens(rows[start : start + 1024], 256))
+            moved = [{k: v.to(self.device) for k, v in part.items()} for part in parts]
+            with torch.no_grad(), torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"):
+                out.append(nn.functional.normalize(embed(backbone, moved), dim=-1).cpu().numpy())
+        return np.concatenate(out)
+
+    def _timed(self, what: str) -> None:
+        self.log["seconds"][what] = round(time.perf_counter() - self.started, 1)
+        self.tell(f"{what} after {self.log['seconds'][what]} s")
+
+
+def start_over(folder: Path) -> None:
+    """Removes a run's checkpoints and model, and keeps its tokenizer and teacher embeddings."""
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,0 +1,120 @@
+"""The student: a Qwen3 backbone, its embeddings in training, and its checkpoint in the base repositories' layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from jv5kernels.adapters import adapter_files
+from jv5kernels.model_spec import LINEARS
+from jv5kernels.synthetic.layout import (
+    adapter_config,
+    model_config,
+    write_json,
+    write_settings,
+    write_tokenizer_files,
+)
+from jv5kernels.training.recipe import Recipe
+
+__all__ = ["adapter_tensors", "embed", "new_backbone", "set_rope_theta", "with_adapter", "write_base", "write_adapter"]
+
+
+def new_backbone(recipe: Recipe, rows: int) -> nn.Module:
+    """Returns a Qwen3Model with random weights and an embedding table of so many rows."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    config = Qwen3Config(
+        **recipe.geometry,
+        vocab_size=rows,
+        tie_word_embeddings=True,
+        use_cache=False,
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.inference_theta},
+    )
+    config._attn_implementation = "sdpa"
+    return Qwen3Model(config)
+
+
+def set_rope_theta(backbone: nn.Module, theta: float) -> None:
+    """Changes the base of the rotary frequencies in place."""
+    base: Any = backbone
+    config = base.config
+    config.rope_parameters = {**config.rope_parameters, "rope_theta": theta}
+    rotary = base.rotary_emb
+    device = rotary.inv_freq.device
+    base.rotary_emb = type(rotary)(config=config).to(device)
+
+
+def embed(backbone: nn.Module, parts: Sequence[Mapping[str, Tensor]], dropout: float = 0.0) -> Tensor:
+    """Returns the last token's hidden state of every text, float32 (texts, hidden), in the order of `padded`.
+
+    Args:
+        parts: what `batches.padded` returns, on the backbone's device.
+        dropout: share of values of the token embeddings set to 0, in training mode.
+    """
+    module: Any = backbone
+    total = sum(len(part["rows"]) for part in parts)
+    pooled = []
+    for part in parts:
+        values = module.get_input_embeddings()(part["ids"])
+        values = nn.functional.dropout(values, dropout, module.training)
+        hidden = module(inputs_embeds=values, use_cache=False).last_hidden_state
+        pooled.append(hidden[torch.arange(len(hidden), device=hidden.device), part["last"]].float())
+    rows = torch.cat([part["rows"] for part in parts])
+    gathered = torch.cat(pooled)
+    return gathered.new_zeros(total, gathered.shape[1]).index_copy(0, rows, gathered)
+
+
+def with_adapter(backbone: nn.Module, task: str, rank: int) -> Any:
+    """Returns the backbone, frozen, with a fresh LoRA adapter on all its linear layers."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = adapter_config(task, rank)
+    wanted = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "init_lora_weights")
+    config = LoraConfig(**{key: settings[key] for key in wanted})
+    return get_peft_model(backbone, config)  # type: ignore[arg-type]
+
+
+def adapter_tensors(model: Any) -> dict[str, Tensor]:
+    """Returns the adapter's tensors under the names of PEFT's files, on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    return {name: t.detach().cpu().clone() for name, t in get_peft_model_state_dict(model).items()}
+
+
+def write_base(
+    folder: Path, recipe: Recipe, backbone: nn.Module, tokenizer: Tokenizer, tasks: Sequence[str]
+) -> None:
+    """Writes everything of a base repository but its adapters, weights in bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: t.detach().cpu().to(torch.bfloat16) for name, t in backbone.state_dict().items()}
+    geometry = {
+        **recipe.geometry,
+        "vocab_size": weights["embed_tokens.weight"].shape[0],
+        "rope_theta": recipe.inference_theta,
+        "matryoshka_dimensions": list(recipe.matryoshka_dims),
+        "task_names": list(tasks),
+    }
+    config = model_config(
+        "small", "base", geometry, dtype=torch.bfloat16, rope_key="rope_theta", tokenizer=tokenizer
+    )
+    write_settings(folder, "small", "base", config)
+    write_tokenizer_files(folder, "small", tokenizer)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_adapter(folder: Path, task: str, tensors: Mapping[str, Tensor]) -> None:
+    """Writes adapters/<task>/ in bfloat16."""
+    settings, file = adapter_files(folder, task)
+    rank = next(t for name, t in tensors.items() if name.endswith("lora_A.weight")).shape[0]
+    write_json(settings, adapter_config(task, rank))
+    save_file(
+        {name: t.to(torch.bfloat16).contiguous() for name, t in tensors.items()},
+        file,
+        metadata={"format": "pt"},
+    )
