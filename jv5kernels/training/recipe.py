@@ -28,7 +28,7 @@ class Stage:
     steps: int
     batch: int
     learning_rate: float
-    rope_theta: float = 10_000.0
+    rope_theta: float = 100_000.0
     max_tokens: int = 192
     weights: dict[str, float] = field(default_factory=dict)
     temperature: float = 0.02
@@ -71,11 +71,10 @@ RECIPE = Recipe(
         "intermediate_size": 512,
         "max_position_embeddings": 8192,
     },
-    # 3.5 times the base in training, the ratio of the paper's small model.
-    inference_theta=35_000.0,
+    inference_theta=200_000.0,
     vocab_size=10_240,
     matryoshka_dims=(32, 64, 128, 256, 384),
-    lora_rank=8,
+    lora_rank=16,
     # A backbone that starts from random weights needs a contrastive term here; the paper's starts from Qwen3.
     distillation=Stage(
         steps=1200,
@@ -104,14 +103,14 @@ RECIPE = Recipe(
             steps=150,
             batch=1024,
             learning_rate=1e-3,
-            rope_theta=5_000.0,
+            rope_theta=50_000.0,
             weights={"topic": 1.0},
         ),
         "classification": Stage(
             steps=150,
             batch=192,
             learning_rate=1e-3,
-            rope_theta=35_000.0,
+            rope_theta=200_000.0,
             weights={"bidirectional": 1.0, "relational": 20.0},
         ),
     },

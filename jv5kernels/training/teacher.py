@@ -50,7 +50,9 @@ def embed_with_teacher(
     import torch
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(teacher), device=device)
+    model = SentenceTransformer(
+        str(teacher), device=device, model_kwargs={"dtype": torch.float32}
+    )
     model.max_seq_length = max_tokens
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         embeddings = model.encode(
