@@ -39,6 +39,11 @@ class Source:
     targets: np.ndarray
     neighbours: np.ndarray | None = None
 
+    def warm_up(self) -> Source:
+        """Computes what is kept, so that worker processes inherit it; returns itself."""
+        _ = self.rows, self.by_source, self.by_section, self.document_targets, self.topics
+        return self
+
     @cached_property
     def rows(self) -> dict[tuple[str, bool], list[np.ndarray]]:
         """(kind, English or not) -> rows of every package."""
@@ -84,14 +89,14 @@ def padded(tokens: list[np.ndarray], groups: int = GROUPS) -> list[dict[str, Ten
     A causal backbone never looks at what follows a token, so padding needs no mask.
 
     Returns:
-        for each group: ids (rows, width) int64, last (rows,) the position of the last token, rows (rows,) where its
+        for each group: ids (rows, width) int32, last (rows,) the position of the last token, rows (rows,) where its
         texts stood.
     """
     lengths = np.asarray([len(ids) for ids in tokens])
     parts = []
     for rows in np.array_split(np.argsort(lengths, kind="stable"), min(groups, len(tokens))):
         width = -(-int(lengths[rows].max()) // WIDTH) * WIDTH
-        ids = np.zeros((len(rows), width), dtype=np.int64)
+        ids = np.zeros((len(rows), width), dtype=np.int32)
         for to, row in enumerate(rows):
             ids[to, : lengths[row]] = tokens[row]
         parts.append(

@@ -107,7 +107,7 @@ class Run:
             count=NEIGHBOURS,
             device=self.device,
         )
-        self.source = replace(source, neighbours=neighbours)
+        self.source = replace(source, neighbours=neighbours).warm_up()
         self._timed("mined")
 
     def distil(self) -> nn.Module:

@@ -19,7 +19,8 @@ __all__ = ["run_stage"]
 
 CHECKPOINTS = 4
 LOGGED = 60
-WORKERS = 8
+# Each holds two batches of some 5 MB in shared memory, of which containers often have 64 MB.
+WORKERS = 4
 
 
 class StageTrainer(Trainer):
