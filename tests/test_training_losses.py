@@ -120,7 +120,9 @@ CASES = {
     "bidirectional_info_nce": lambda a, b, t: losses.bidirectional_info_nce(a, b, t.exp()),
     "orthogonal_regularizer": lambda a, b, t: losses.orthogonal_regularizer(a, b),
     "cosent": lambda a, b, t: losses.cosent(F.cosine_similarity(a, b), SCORES, t.exp()),
-    "relational_distillation": lambda a, b, t: losses.relational_distillation(a, random(4, 9, seed=2)),
+    "relational_distillation": lambda a, b, t: losses.relational_distillation(
+        a, random(4, 9, seed=2)
+    ),
     "matryoshka": lambda a, b, t: losses.matryoshka(
         lambda q, d: losses.info_nce(q, d, t.exp()), (a, b), (2, 5)
     ),

@@ -1,4 +1,8 @@
-"""Batches of each stage, a function of seed and step alone: a resumed run sees what an unbroken one would."""
+"""Batches of each stage, a function of seed and step alone: a resumed run sees what an unbroken one would.
+
+A batch says which texts it is made of, by their rows and where their ids begin; ids and the teacher's embeddings
+stay on the device, in the `Objective`.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from jv5kernels.training.corpus import Texts
+from jv5kernels.training.corpus import Rows, Texts
 from jv5kernels.training.recipe import Stage
 
-__all__ = ["Batches", "Source", "padded"]
+__all__ = ["Batches", "Source", "grouped"]
 
-# Texts of one forward pass are cut into so many groups of similar length.
-GROUPS = 4
+# Texts of one forward pass are cut into so many groups of similar length, short ones into fewer.
+GROUPS, GROUPS_OF_SHORT, SHORT = 4, 2, 64
 # Widths are multiples of this, so that few shapes occur.
 WIDTH = 16
 NEGATIVES_PER_ANCHOR = 7
@@ -45,7 +49,7 @@ class Source:
         return self
 
     @cached_property
-    def rows(self) -> dict[tuple[str, bool], list[np.ndarray]]:
+    def rows(self) -> dict[tuple[str, bool], Rows]:
         """(kind, English or not) -> rows of every package."""
         return {
             (kind, english): self.texts.by_package(kind, english=english)
@@ -68,8 +72,7 @@ class Source:
     @cached_property
     def document_targets(self) -> np.ndarray:
         """(packages,) the target of each English description: equal for equal texts."""
-        first = [rows[0] for rows in self.rows["description", True]]
-        return self.texts.target[first]
+        return self.texts.target[self.rows["description", True].first()]
 
     @cached_property
     def topics(self) -> np.ndarray:
@@ -83,27 +86,23 @@ class Source:
         return centroids
 
 
-def padded(tokens: list[np.ndarray], groups: int = GROUPS) -> list[dict[str, Tensor]]:
-    """Returns groups of similar length, each padded on the right with 0.
-
-    A causal backbone never looks at what follows a token, so padding needs no mask.
+def grouped(texts: Texts, rows: np.ndarray, max_tokens: int) -> list[dict[str, Any]]:
+    """Returns some texts, cut to max_tokens, in groups of similar length.
 
     Returns:
-        for each group: ids (rows, width) int32, last (rows,) the position of the last token, rows (rows,) where its
-        texts stood.
+        for each group: start (n,) int64, where each text's ids begin; last (n,) the position of its last token;
+        rows (n,) where it stood; width, an int no smaller than any length.
     """
-    lengths = np.asarray([len(ids) for ids in tokens])
+    lengths = np.minimum(texts.offsets[rows + 1] - texts.offsets[rows], max_tokens)
+    groups = GROUPS if lengths.max() > SHORT else GROUPS_OF_SHORT
     parts = []
-    for rows in np.array_split(np.argsort(lengths, kind="stable"), min(groups, len(tokens))):
-        width = -(-int(lengths[rows].max()) // WIDTH) * WIDTH
-        ids = np.zeros((len(rows), width), dtype=np.int32)
-        for to, row in enumerate(rows):
-            ids[to, : lengths[row]] = tokens[row]
+    for of in np.array_split(np.argsort(lengths, kind="stable"), min(groups, len(rows))):
         parts.append(
             {
-                "ids": torch.from_numpy(ids),
-                "last": torch.from_numpy(lengths[rows] - 1),
-                "rows": torch.from_numpy(rows),
+                "start": torch.from_numpy(texts.offsets[rows[of]]),
+                "last": torch.from_numpy(lengths[of] - 1),
+                "rows": torch.from_numpy(of),
+                "width": -(-int(lengths[of].max()) // WIDTH) * WIDTH,
             }
         )
     return parts
@@ -147,19 +146,16 @@ class Batches(Dataset):
         self, rng: np.random.Generator, packages: np.ndarray, kind: str, english_share: float
     ) -> np.ndarray:
         english, others = self.source.rows[kind, True], self.source.rows[kind, False]
-        take_other = rng.random(len(packages)) >= english_share
+        take_other = (rng.random(len(packages)) >= english_share) & (others.counts[packages] > 0)
         which = rng.random(len(packages))
-        drawn = np.empty(len(packages), dtype=np.int64)
-        for i, package in enumerate(packages):
-            rows = others[package] if take_other[i] and len(others[package]) else english[package]
-            drawn[i] = rows[int(which[i] * len(rows))]
-        return drawn
+        return np.where(take_other, others.pick(packages, which), english.pick(packages, which))
 
-    def _texts(self, rows: np.ndarray) -> list[dict[str, Tensor]]:
-        return padded(self.source.texts.tokens(rows, self.stage.max_tokens))
+    def _texts(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        return grouped(self.source.texts, rows, self.stage.max_tokens)
 
     def _targets(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(self.source.targets[self.source.texts.target[rows]])
+        """Rows of the teacher's embeddings."""
+        return torch.from_numpy(self.source.texts.target[rows].astype(np.int64))
 
     def _pairs(self, rng: np.random.Generator) -> dict[str, Any]:
         """Synopses and descriptions of the same packages, in languages drawn apart, and hard negatives."""
@@ -180,8 +176,8 @@ class Batches(Dataset):
             )
             negatives = np.take_along_axis(self.source.neighbours[packages], pick, 1).flatten()
             negatives = negatives[~np.isin(negatives, packages)]
-            english = np.asarray([self.source.rows["description", True][p][0] for p in negatives])
-            documents = np.concatenate([documents, english.astype(np.int64)])
+            english = self.source.rows["description", True].first()[negatives]
+            documents = np.concatenate([documents, english])
             keys = np.concatenate([keys, self.source.document_targets[negatives]])
         batch["documents"] = self._texts(documents)
         batch["keys"] = torch.from_numpy(keys.astype(np.int64))
@@ -191,21 +187,21 @@ class Batches(Dataset):
             batch["paragraph_targets"] = self._targets(paragraphs)
         return batch
 
-    @cached_property
-    def _paragraph_rows(self) -> np.ndarray:
-        return np.concatenate(self.source.rows["paragraph", True])
-
     def _paragraphs(self, rng: np.random.Generator) -> np.ndarray | None:
-        rows = self._paragraph_rows
-        return rng.choice(rows, min(self.stage.batch // 2, len(rows)), replace=False) if len(rows) else None
+        rows = self.source.rows["paragraph", True].order
+        return (
+            rng.choice(rows, min(self.stage.batch // 2, len(rows)), replace=False)
+            if len(rows)
+            else None
+        )
 
     def _topics(self, rng: np.random.Generator) -> dict[str, Any]:
-        """Single texts; the target is the teacher's embedding moved to the centroid of the text's section."""
+        """Single texts; the target is the teacher's embedding plus the centroid of the text's section."""
         packages = self._packages(rng)
         kind = "synopsis" if rng.random() < 0.5 else "description"
         rows = self._draw(rng, packages, kind, ENGLISH_DOCUMENTS)
         topics = torch.from_numpy(self.source.topics[packages])
-        return {"texts": self._texts(rows), "topic_targets": self._targets(rows).float() + topics}
+        return {"texts": self._texts(rows), "targets": self._targets(rows), "topics": topics}
 
     def _classes(self, rng: np.random.Generator) -> dict[str, Any]:
         """Anchors, a positive each of the same section, and seven negatives each of other sections."""
@@ -223,7 +219,7 @@ class Batches(Dataset):
         rows = self._draw(rng, packages, "description", ENGLISH_DOCUMENTS)
         return {
             "items": self._texts(rows),
-            "anchors": torch.tensor(len(anchors)),
+            "anchors": len(anchors),
             "sections": torch.from_numpy(section[anchors].astype(np.int64)),
         }
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-__all__ = ["KINDS", "Package", "Texts", "build_texts", "read_packages"]
+__all__ = ["KINDS", "Package", "Rows", "Texts", "build_texts", "read_packages"]
 
 KINDS = ("query", "synopsis", "description", "paragraph")
 PROMPTS = {"query": "Query: ", "document": "Document: "}
@@ -81,6 +81,30 @@ def _package(row: dict[str, Any]) -> Package:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Which texts belong to which package: package i has order[starts[i] : starts[i] + counts[i]]."""
+
+    order: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+
+    def pick(self, packages: np.ndarray, which: np.ndarray) -> np.ndarray:
+        """Returns a text of each package, chosen by a number of [0, 1); for a package without texts, any."""
+        at = self.starts[packages] + (which * self.counts[packages]).astype(np.int64)
+        return self.order[np.minimum(at, len(self.order) - 1)] if len(self.order) else at
+
+    def first(self) -> np.ndarray:
+        """Returns the first text of every package.
+
+        Raises:
+            ValueError: a package has none.
+        """
+        if not self.counts.all():
+            raise ValueError(f"package {int(np.argmin(self.counts))} has no such text")
+        return self.order[self.starts]
+
+
+@dataclass(frozen=True)
 class Texts:
     """Tokenised texts of some packages.
 
@@ -102,18 +126,13 @@ class Texts:
     source: np.ndarray
     section: np.ndarray
 
-    def tokens(self, rows: Iterable[int], max_tokens: int) -> list[np.ndarray]:
-        """Returns the ids of some texts, each cut to max_tokens."""
-        starts, ends = self.offsets[:-1], self.offsets[1:]
-        return [self.ids[starts[i] : min(ends[i], starts[i] + max_tokens)] for i in rows]
-
-    def by_package(self, kind: str, *, english: bool) -> list[np.ndarray]:
+    def by_package(self, kind: str, *, english: bool) -> Rows:
         """Returns for each package the rows of its texts of a kind, in English or in other languages."""
         wanted = (self.kind == KINDS.index(kind)) & (self.english == english)
         rows = np.flatnonzero(wanted)
         order = rows[np.argsort(self.package[rows], kind="stable")]
         bounds = np.searchsorted(self.package[order], np.arange(len(self.source) + 1))
-        return [order[bounds[i] : bounds[i + 1]] for i in range(len(self.source))]
+        return Rows(order, bounds[:-1], np.diff(bounds))
 
 
 def build_texts(

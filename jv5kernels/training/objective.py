@@ -29,15 +29,32 @@ class Objective(nn.Module):
         stage: which losses, with which weights.
         dims: Matryoshka dimensions.
         projection: ψ, from student to teacher dimension.
+        ids: (ids of all texts,) int32.
+        targets: (english texts, teacher dim) float16, the teacher's embeddings.
     """
 
     def __init__(
-        self, backbone: nn.Module, stage: Stage, dims: Sequence[int], projection: nn.Linear
+        self,
+        backbone: nn.Module,
+        stage: Stage,
+        dims: Sequence[int],
+        projection: nn.Linear,
+        ids: Tensor,
+        targets: Tensor,
     ) -> None:
         super().__init__()
-        self.backbone, self.stage, self.dims, self.projection = backbone, stage, tuple(dims), projection
+        self.backbone, self.stage, self.dims, self.projection = (
+            backbone,
+            stage,
+            tuple(dims),
+            projection,
+        )
         self.log_temperature = nn.Parameter(torch.tensor(math.log(stage.temperature)))
         self.latest: dict[str, Tensor] = {}
+        self.ids: Tensor
+        self.targets: Tensor
+        self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("targets", targets, persistent=False)
 
     @property
     def temperature(self) -> Tensor:
@@ -56,13 +73,14 @@ class Objective(nn.Module):
             return self._pair_losses(batch)
         if "texts" in batch:
             embeddings = self._embed(batch["texts"])
-            return {"topic": self._distillation(embeddings, batch["topic_targets"])}
+            targets = self.targets[batch["targets"]].float() + batch["topics"]
+            return {"topic": self._distillation(embeddings, targets)}
         return self._class_losses(batch)
 
-    def _embed(self, parts: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        device = parts[0]["ids"].device.type
+    def _embed(self, parts: Sequence[Mapping[str, Any]]) -> Tensor:
+        device = self.ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            return embed(self.backbone, parts, self.stage.dropout)
+            return embed(self.backbone, self.ids, parts, self.stage.dropout)
 
     def _nested(self, loss: Callable[..., Tensor], *embeddings: Tensor) -> Tensor:
         return losses.matryoshka(loss, embeddings, self.dims)
@@ -87,7 +105,7 @@ class Objective(nn.Module):
         if "distill" in weights:
             parts["distill"] = self._distillation(
                 torch.cat([queries, positives]),
-                torch.cat([batch["query_targets"], batch["document_targets"]]),
+                self.targets[torch.cat([batch["query_targets"], batch["document_targets"]])],
             )
         if "nce" in weights:
             parts["nce"] = self._nested(
@@ -99,13 +117,16 @@ class Objective(nn.Module):
             parts["cosent"] = self._ranking(queries, positives, batch)
         if "paragraph" in weights and "paragraphs" in batch:
             parts["paragraph"] = self._distillation(
-                self._embed(batch["paragraphs"]), batch["paragraph_targets"]
+                self._embed(batch["paragraphs"]), self.targets[batch["paragraph_targets"]]
             )
         return parts
 
     def _ranking(self, queries: Tensor, documents: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """CoSENT on pairs near and far: text i with texts i to i + 7 of the batch, scored by the teacher."""
-        left, right = (F.normalize(batch[f"{n}_targets"].float(), dim=-1) for n in ("query", "document"))
+        left, right = (
+            F.normalize(self.targets[batch[f"{n}_targets"]].float(), dim=-1)
+            for n in ("query", "document")
+        )
         shifts = range(8)
         scores = torch.cat([(left * right.roll(-s, 0)).sum(-1) for s in shifts])
         # A sample: all pairs of pairs would be 64 batch².
@@ -118,7 +139,7 @@ class Objective(nn.Module):
         return self._nested(loss, queries, documents)
 
     def _class_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        count = int(batch["anchors"])
+        count = batch["anchors"]
         items = self._embed(batch["items"])
         sections = batch["sections"]
         same = sections[:, None] == sections[None, :]
@@ -129,7 +150,7 @@ class Objective(nn.Module):
         group = len(items) // count
         assert group == per_group, "an anchor, a positive and its negatives"
         # All batch x 9 items against each other would be millions of distances: as many anchors as fit 1,024 items.
-        kept = torch.arange(len(items), device=items.device)[: 1024]
+        kept = torch.arange(len(items), device=items.device)[:1024]
         return {
             "bidirectional": self._nested(
                 lambda a, p: losses.bidirectional_info_nce(a, p, self.temperature, same),

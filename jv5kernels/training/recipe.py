@@ -39,7 +39,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model's sizes, its stages and its seed; see `RECIPE` for the values of jv5-tiny."""
+    """A model's sizes, its stages and its seed; see `RECIPE` for the values of jv5-tiny.
+
+    Args:
+        teacher_tokens: start each token's embedding from the teacher's embedding of its text.
+    """
 
     geometry: dict[str, Any]
     inference_theta: float
@@ -49,6 +53,7 @@ class Recipe:
     distillation: Stage
     adapters: dict[str, Stage]
     seed: int = 0
+    teacher_tokens: bool = True
 
     def scaled(self, factor: float, batch: int | None = None) -> Recipe:
         """Returns the recipe with its steps multiplied, at least two each, and at most `batch` packages a step."""

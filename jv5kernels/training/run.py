@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,17 +15,18 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from jv5kernels.synthetic.tokenizer import train_tokenizer
-from jv5kernels.training.batches import Batches, Source, padded
+from jv5kernels.training.batches import Batches, Source, grouped
 from jv5kernels.training.corpus import Package, Texts, build_texts
 from jv5kernels.training.objective import Objective
 from jv5kernels.training.recipe import Recipe, Stage
 from jv5kernels.training.scores import ndcg_at
-from jv5kernels.training.stages import run_stage
+from jv5kernels.training.stages import moved, run_stage, seconds_a_step
 from jv5kernels.training.student import (
     adapter_tensors,
     embed,
     new_backbone,
     set_rope_theta,
+    set_token_embeddings,
     with_adapter,
     write_adapter,
     write_base,
@@ -37,7 +37,15 @@ __all__ = ["Run", "tokenizer_for"]
 
 NEIGHBOURS = 24
 VOCAB_MULTIPLE = 64
-BATCHES = {"text-matching": "pairs", "retrieval": "pairs", "clustering": "topics", "classification": "classes"}
+# What optimiser and logging add to forward and backward, and what begins and ends a stage.
+STEP_OVERHEAD, STAGE_OVERHEAD = 1.15, 2.0
+BATCHES = {
+    "distillation": "pairs",
+    "text-matching": "pairs",
+    "retrieval": "pairs",
+    "clustering": "topics",
+    "classification": "classes",
+}
 
 
 def tokenizer_for(packages: Sequence[Package], vocab_size: int) -> Tokenizer:
@@ -77,7 +85,12 @@ class Run:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.started = time.perf_counter()
-        self.log: dict[str, Any] = {"recipe": asdict(self.recipe), "history": {}, "dev": {}, "seconds": {}}
+        self.log: dict[str, Any] = {
+            "recipe": asdict(self.recipe),
+            "history": {},
+            "dev": {},
+            "seconds": {},
+        }
 
     @property
     def model(self) -> Path:
@@ -90,7 +103,9 @@ class Run:
         train = [package for package in self.packages if package.split == "train"]
         dev = [package for package in self.packages if package.split == "dev"]
         if not train or not dev:
-            raise ValueError(f"the corpus has {len(train)} packages to train on and {len(dev)} to watch")
+            raise ValueError(
+                f"the corpus has {len(train)} packages to train on and {len(dev)} to watch"
+            )
         texts = build_texts(train, self.tokenizer)
         self.dev = build_texts(dev, self.tokenizer)
         self._timed("tokenised")
@@ -99,7 +114,7 @@ class Run:
         )
         self._timed("teacher")
         source = Source(texts, targets)
-        queries = np.asarray([rows[0] for rows in source.rows["query", True]])
+        queries = source.rows["query", True].first()
         neighbours = mine_neighbours(
             targets[texts.target[queries]],
             targets[source.document_targets],
@@ -108,20 +123,83 @@ class Run:
             device=self.device,
         )
         self.source = replace(source, neighbours=neighbours).warm_up()
+        self.ids = torch.from_numpy(texts.ids.astype(np.int32)).to(self.device)
+        self.targets = torch.from_numpy(targets).to(self.device)
         self._timed("mined")
+
+    def pace(self, seconds: float, longest: float = 1.5) -> float:
+        """Scales the steps of all stages so that the model is done about so many seconds after the run's start.
+
+        Measured on a few steps of each stage; the factor, at most `longest`, is kept for a resumed run.
+        """
+        kept = self.folder / "pace.json"
+        if kept.is_file():
+            factor = float(json.loads(kept.read_text("utf-8"))["factor"])
+        else:
+            needed = sum(self._predicted().values()) * STEP_OVERHEAD
+            left = seconds - (time.perf_counter() - self.started) - STAGE_OVERHEAD * 5
+            factor = min(longest, max(left, 0.0) / needed)
+            kept.write_text(json.dumps({"factor": factor}), "utf-8")
+        self.recipe = self.recipe.scaled(factor)
+        self.log |= {"pace": factor, "recipe": asdict(self.recipe)}
+        self._timed(f"steps times {factor:.2f}")
+        return factor
+
+    def _predicted(self) -> dict[str, float]:
+        """Seconds of every stage."""
+        rng = torch.get_rng_state()
+        rows = self._embedding_rows()
+        seconds = {}
+        for task, stage in {
+            "distillation": self.recipe.distillation,
+            **self.recipe.adapters,
+        }.items():
+            backbone = new_backbone(self.recipe, rows)
+            if task != "distillation":
+                backbone = with_adapter(backbone, task, self.recipe.lora_rank)
+            projection = nn.Linear(self.recipe.geometry["hidden_size"], self.targets.shape[1])
+            objective = self._objective(backbone, stage, projection)
+            batches = Batches(self.source, stage, BATCHES[task], self.recipe.seed)
+            step = seconds_a_step(objective, batches)
+            seconds[task] = step * stage.steps
+            self.tell(f"{task}: {1000 * step:.1f} ms a step, {seconds[task]:.1f} s")
+        torch.set_rng_state(rng)
+        return seconds
+
+    def _embedding_rows(self) -> int:
+        return -(-self.tokenizer.get_vocab_size() // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def distil(self) -> nn.Module:
         """Returns the backbone after stage 1."""
         torch.manual_seed(self.recipe.seed)
-        rows = -(-self.tokenizer.get_vocab_size() // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        self.backbone = new_backbone(self.recipe, rows)
+        self.backbone = new_backbone(self.recipe, self._embedding_rows())
+        if self.recipe.teacher_tokens:
+            set_token_embeddings(self.backbone, self._token_vectors())
         self.projection = nn.Linear(self.backbone.config.hidden_size, self.source.targets.shape[1])  # type: ignore
         objective = self._objective(self.backbone, self.recipe.distillation)
-        self._train("distillation", objective, "pairs", self.recipe.seed)
-        write_base(self.model, self.recipe, self.backbone, self.tokenizer, list(self.recipe.adapters))
+        self._train("distillation", objective, self.recipe.seed)
+        write_base(
+            self.model, self.recipe, self.backbone, self.tokenizer, list(self.recipe.adapters)
+        )
         return self.backbone
 
-    def adapt(self, task: str, *, stage: Stage | None = None, seed: int | None = None, name: str | None = None) -> dict[str, Tensor]:
+    def _token_vectors(self) -> Tensor:
+        """The teacher's embedding of each token's text: where a pre-trained table would be."""
+        tokens = range(self.tokenizer.get_vocab_size())
+        texts = self.tokenizer.decode_batch(
+            [[token] for token in tokens], skip_special_tokens=False
+        )
+        vectors = embed_with_teacher(self.teacher, texts, device=self.device, cache=self.folder)
+        return torch.from_numpy(vectors.astype(np.float32))
+
+    def adapt(
+        self,
+        task: str,
+        *,
+        stage: Stage | None = None,
+        seed: int | None = None,
+        name: str | None = None,
+    ) -> dict[str, Tensor]:
         """Trains one task's adapter on the frozen backbone and returns its tensors; the backbone stays as it was.
 
         Args:
@@ -135,7 +213,7 @@ class Run:
         projection = nn.Linear(self.projection.in_features, self.projection.out_features)
         projection.load_state_dict(self.projection.state_dict())
         objective = self._objective(adapted, stage, projection)
-        self._train(name or task, objective, BATCHES[task], seed)
+        self._train(name or task, objective, seed, BATCHES[task])
         tensors = adapter_tensors(adapted)
         adapted.unload()
         return tensors
@@ -163,9 +241,10 @@ class Run:
         self, backbone: nn.Module, stage: Stage, projection: nn.Linear | None = None
     ) -> Objective:
         dims = [dim for dim in self.recipe.matryoshka_dims]
-        return Objective(backbone, stage, dims, projection or self.projection).to(self.device)
+        projection = projection or self.projection
+        return Objective(backbone, stage, dims, projection, self.ids, self.targets).to(self.device)
 
-    def _train(self, name: str, objective: Objective, kind: str, seed: int) -> None:
+    def _train(self, name: str, objective: Objective, seed: int, kind: str = "pairs") -> None:
         stage = objective.stage
         self.tell(f"{name}: {stage.steps} steps of {stage.batch}")
         set_rope_theta(self.backbone, stage.rope_theta)
@@ -182,34 +261,41 @@ class Run:
         set_rope_theta(self.backbone, self.recipe.inference_theta)
         scores = self.dev_score(objective.backbone)
         self.log["history"][name] = history
-        self.log["dev"][name] = {"ndcg@10": scores, "ndcg@10 at the base in training": trained}
+        binary = self.dev_score(objective.backbone, binary=True)
+        self.log["dev"][name] = {
+            "ndcg@10": scores,
+            "ndcg@10 at the base in training": trained,
+            "ndcg@10 binary": binary,
+        }
         self._timed(name)
-        self.tell(f"{name}: dev nDCG@10 {scores:.4f} ({trained:.4f} at the RoPE base in training)")
+        self.tell(
+            f"{name}: dev nDCG@10 {scores:.4f} ({trained:.4f} at the RoPE base in training, "
+            f"{binary:.4f} binary)"
+        )
 
-    def dev_score(self, backbone: nn.Module) -> float:
-        """nDCG@10 of English synopses against all English descriptions of the split "dev"."""
+    def dev_score(self, backbone: nn.Module, *, binary: bool = False) -> float:
+        """nDCG@10 of English synopses against all English descriptions of the split "dev", of signs if binary."""
         backbone.eval()
         queries, documents = (
             self._embeddings(backbone, self.dev, kind) for kind in ("query", "description")
         )
+        if binary:
+            queries, documents = ((x > 0) * 2.0 - 1 for x in (queries, documents))
         return float(ndcg_at(queries @ documents.T, np.arange(len(queries))).mean())
 
     def _embeddings(self, backbone: nn.Module, texts: Texts, kind: str) -> np.ndarray:
-        rows = [r[0] for r in texts.by_package(kind, english=True)]
+        rows = texts.by_package(kind, english=True).first()
+        ids = torch.from_numpy(texts.ids.astype(np.int32)).to(self.device)
         out = []
         for start in range(0, len(rows), 1024):
-            parts = padded(texts.tokens(rows[start : start + 1024], 256))
-            moved = [{k: v.to(self.device) for k, v in part.items()} for part in parts]
-            with torch.no_grad(), torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"):
-                out.append(nn.functional.normalize(embed(backbone, moved), dim=-1).cpu().numpy())
-        return np.concatenate(out)
+            parts = moved(grouped(texts, rows[start : start + 1024], 256), self.device)
+            with (
+                torch.no_grad(),
+                torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"),
+            ):
+                out.append(nn.functional.normalize(embed(backbone, ids, parts), dim=-1).cpu())
+        return torch.cat(out).numpy()
 
     def _timed(self, what: str) -> None:
         self.log["seconds"][what] = round(time.perf_counter() - self.started, 1)
         self.tell(f"{what} after {self.log['seconds'][what]} s")
-
-
-def start_over(folder: Path) -> None:
-    """Removes a run's checkpoints and model, and keeps its tokenizer and teacher embeddings."""
-    for name in ("checkpoints", "model"):
-        shutil.rmtree(folder / name, ignore_errors=True)

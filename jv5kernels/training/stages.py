@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -15,12 +15,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from jv5kernels.training.batches import Batches
 from jv5kernels.training.objective import Objective
 
-__all__ = ["run_stage"]
+__all__ = ["moved", "run_stage", "seconds_a_step"]
 
 CHECKPOINTS = 4
 LOGGED = 60
-# Each holds two batches of some 5 MB in shared memory, of which containers often have 64 MB.
-WORKERS = 4
+WORKERS = 2
+WARM_UP_STEPS, TIMED_STEPS = 3, 6
 
 
 class StageTrainer(Trainer):
@@ -79,6 +79,7 @@ def run_stage(
         remove_unused_columns=False,
         dataloader_num_workers=min(WORKERS, os.cpu_count() or 1) if device == "cuda" else 0,
         dataloader_pin_memory=device == "cuda",
+        accelerator_config={"non_blocking": device == "cuda"},
     )
     trainer = StageTrainer(
         model=objective, args=arguments, train_dataset=batches, data_collator=_whole_batch
@@ -110,6 +111,27 @@ def _stopper(step: int) -> Any:
     return Stop()
 
 
-def frozen(module: nn.Module) -> nn.Module:
-    """Returns the module with no parameter trainable."""
-    return module.requires_grad_(False)
+def seconds_a_step(objective: Objective, batches: Batches) -> float:
+    """Returns what forward and backward of a step take, over a few steps that leave the weights as they were."""
+    device = objective.ids.device
+    objective.train()
+
+    def run(steps: range) -> float:
+        started = time.perf_counter()
+        for step in steps:
+            objective(**moved(batches[step], device))["loss"].backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    run(range(WARM_UP_STEPS))
+    seconds = run(range(WARM_UP_STEPS, WARM_UP_STEPS + TIMED_STEPS))
+    objective.zero_grad(set_to_none=True)
+    return seconds / TIMED_STEPS
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """Returns a batch with its tensors on a device."""
+    from accelerate.utils import send_to_device
+
+    return send_to_device(value, device)

@@ -50,16 +50,14 @@ def embed_with_teacher(
     import torch
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(
-        str(teacher), device=device, model_kwargs={"dtype": torch.float32}
-    )
+    model = SentenceTransformer(str(teacher), device=device, model_kwargs={"dtype": torch.float32})
     model.max_seq_length = max_tokens
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         embeddings = model.encode(
             list(texts),
             batch_size=1024 if device == "cuda" else 64,
             normalize_embeddings=True,
-            show_progress_bar=True,
+            show_progress_bar=False,
         )
     values = np.asarray(embeddings, dtype=np.float16)
     if kept is not None:
