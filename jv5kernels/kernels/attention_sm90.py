@@ -79,7 +79,7 @@ class Config:
     SUM_BY_MMA: bool
 
 
-# head_dim -> configuration. Timed on an H200 and an H100 against cuDNN; bench/attention_log.md has what lost.
+# head_dim -> configuration. Timed on an H200 and an H100 against cuDNN; bench/log_attention.md has what lost.
 CONFIGS = {
     64: Config(BN=128, STAGES=4, SUM_BY_MMA=True),
     128: Config(BN=64, STAGES=3, SUM_BY_MMA=False),
