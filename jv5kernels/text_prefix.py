@@ -1,14 +1,14 @@
 """How much of a long text must be tokenised: a prefix whose tokens are the first tokens of the whole.
 
-A text may be cut wherever the pre-tokeniser splits it whatever follows, and its normaliser does not look across. For the
-pre-tokenisers of Qwen and Llama 3, with NFC or no normaliser, that is
+A text may be cut wherever the pre-tokeniser splits it whatever follows, and its normaliser does not look across. For
+the pre-tokenisers of Qwen and Llama 3, with NFC or no normaliser, that is
 
-* before a space that follows a character other than white space: no alternative of the pattern matches such a pair, and
-  none looks ahead past the end of a run of white space;
+* before a space that follows a character other than white space: no alternative of the pattern matches such a pair,
+  and none looks ahead past the end of a run of white space;
 * before CJK punctuation that follows a CJK letter: every alternative that takes a letter ends with the run of letters.
 
-Neither the space nor that punctuation composes with what stands before it, so NFC of the parts is NFC of the whole. Other
-tokenizers are not cut: their texts are tokenised as they are.
+Neither the space nor that punctuation composes with what stands before it, so NFC of the parts is NFC of the whole.
+Other tokenizers are not cut: their texts are tokenised as they are.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from jv5kernels.text_prefix import CUT, TextPrefix
 from jv5kernels.tokenization import Tokenization
 
 FAMILIES = ["small", "nano", "qwen3-embedding"]
-# What the pattern treats apart, and what composes under NFC: letters with marks, Hangul jamo, contractions, special tokens.
+# What the pattern treats apart, and what composes under NFC.
 PIECES = [
     *" \n\t\r.,'\"!-_1²x\u0301\u0308\u3099\u00a0\u2028\u180e\x1c\u200d",
     *[
