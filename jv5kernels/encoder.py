@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from jv5kernels.backbone import PackedBackbone
 from jv5kernels.backbones import CheckpointBackbones
@@ -33,8 +32,9 @@ from jv5kernels.output import (
     embed_batch_tokens,
 )
 from jv5kernels.packing import PackedBatch
-from jv5kernels.pipeline import INLINE_CHARACTERS, Limits, Pipeline, Statistics
+from jv5kernels.pipeline import INLINE_CHARACTERS, Limits, Pipeline, Statistics, progress_bar
 from jv5kernels.tokenization import Tokenization, resolve_prompt
+from jv5kernels.warmup import WarmupReport, warm_lengths, warm_up
 
 # From a batch to its values and the flags of rows that are not finite.
 Step = Callable[[PackedBackbone, PackedBatch], tuple[Any, Tensor]]
@@ -257,6 +257,37 @@ class FastEncoder:
         """Bytes = weights + fixed + per_token · tokens, an upper bound for this model and dtype."""
         return memory_model(self.spec, self.dtype)
 
+    def warmup(
+        self,
+        tasks: Sequence[str] | None = None,
+        *,
+        precision: str | None = None,
+        normalize_embeddings: bool = True,
+        truncate_dim: int | None = None,
+        ranges: np.ndarray | Tensor | None = None,
+    ) -> WarmupReport:
+        """Does what first calls would otherwise wait for: loads, compiles, and records CUDA graphs for short inputs.
+
+        Kernels that an earlier process compiled come from Triton's cache on disk (TRITON_CACHE_DIR).
+
+        Args:
+            tasks: adapters to be ready for; default the encoder's own, or all when it has none.
+            precision, normalize_embeddings, truncate_dim, ranges: as in `encode`; call again for each form of output
+                that is to be ready.
+
+        Example:
+            >>> encoder.warmup(precision="binary").recordings    # on a GPU
+            17
+        """
+        names = [self.task] if self.task is not None or not self.tasks else list(self.tasks)
+        if tasks is not None:
+            names = [self._check_task(task) for task in tasks]
+        output = self._output_format(precision, ranges, normalize_embeddings, truncate_dim)
+        backbones = [self._backbones.get(name) for name in names]
+        budget = self._limits(None, None, INLINE_CHARACTERS + 1).token_budget
+        lengths = warm_lengths(min(self.max_seq_length, budget), budget)
+        return warm_up(backbones, output, lengths, self._short)
+
     # Arguments.
 
     def _check_task(self, task: str) -> str:
@@ -357,10 +388,7 @@ class FastEncoder:
             output: what `step` computes, if short inputs may take a recording of it.
         """
         truncated = 0
-        with (
-            torch.inference_mode(),
-            tqdm(total=len(texts), unit="text", disable=not show_progress_bar) as bar,
-        ):
+        with torch.inference_mode(), progress_bar(len(texts), show_progress_bar) as progress:
             for task in dict.fromkeys(tasks):
                 rows = np.flatnonzero([t == task for t in tasks])
                 backbone = self._backbones.get(task)
@@ -379,7 +407,7 @@ class FastEncoder:
                     statistics=self.statistics,
                     short=short,
                     keep_on_device=keep_on_device,
-                    progress=bar.update,
+                    progress=progress,
                 )
                 truncated += pipeline.run([texts[int(row)] for row in rows], rows)
         if truncated:

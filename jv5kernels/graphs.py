@@ -169,6 +169,7 @@ class ShortInputs:
         """Recordings that are kept."""
         return len(self._slots)
 
+    @torch.inference_mode()
     def run(
         self,
         backbone: PackedBackbone,
@@ -201,6 +202,7 @@ class ShortInputs:
             self._recorder.synchronize()
             return kept if keep_on_device else kept.clone(), flags.clone()
 
+    @torch.inference_mode()
     def record_all(self, backbone: PackedBackbone, output: OutputFormat) -> int:
         """Makes the recordings of every bucket; returns how many there are."""
         if not self.can_record(backbone):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from threading import Lock
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from jv5kernels.packing import HostBatch, PackedBatch, pack, pack_on_host, plan_batches, split
 from jv5kernels.tokenization import Tokenization
@@ -314,3 +316,13 @@ def _windows(texts: Sequence[str]) -> list[np.ndarray]:
     last = WINDOW_CHARACTERS[-1]
     window = np.where(before > bounds[-1], len(bounds) + (before - bounds[-1]) // last, window)
     return np.split(order, np.flatnonzero(np.diff(window)) + 1) if len(order) else []
+
+
+@contextmanager
+def progress_bar(texts: int, show: bool) -> Iterator[Callable[[int], object]]:
+    """Counts finished texts on a bar; without one nothing is set up, which a short call would notice."""
+    if not show:
+        yield lambda count: None
+        return
+    with tqdm(total=texts, unit="text") as bar:
+        yield bar.update
