@@ -169,6 +169,10 @@ class ShortInputs:
         """Recordings that are kept."""
         return len(self._slots)
 
+    def latest(self) -> _Slot:
+        """The recording that was used last, for benches."""
+        return next(reversed(self._slots.values()))
+
     @torch.inference_mode()
     def run(
         self,
