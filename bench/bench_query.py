@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from gpu_busy import profile
 from harness import copy_bandwidth_work, record, time_interleaved, write_records
 
 from jv5kernels import FastEncoder
+from jv5kernels.graphs import ShortInputs
 
 QUERY = "How fast does light travel in a vacuum?"
 MIN_COSINE = 0.9999
@@ -53,6 +55,14 @@ def replay_milliseconds(encoder: FastEncoder) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / REPLAYS
+
+
+def replay_of_the_usual_layers(encoder: FastEncoder) -> float:
+    """The same with the layer loop of longer inputs: what `short_layers` is worth."""
+    with patch("jv5kernels.graphs.takes_short_layers", lambda backbone, tokens: False):
+        encoder._short = ShortInputs(encoder.device)
+        encoder.encode_query([QUERY])
+    return replay_milliseconds(encoder)
 
 
 def bench(family: str, folder: Path, show_kernels: bool, runs: int) -> list[dict[str, Any]]:
@@ -94,9 +104,11 @@ def bench(family: str, folder: Path, show_kernels: bool, runs: int) -> list[dict
     copy = time_interleaved(copy_bandwidth_work().variants, rounds=1)["copy"].p50
     floor = weights / (copy_bandwidth_work().bytes / copy)
     traced = profile(lambda: ours._short.latest().replay())
+    usual = replay_of_the_usual_layers(ours)
     print(f"{family}, {tokens} tokens, cosine to fp32 {cosine:.7f}")
     print(
-        f"  GPU {replay:.3f} ms in {traced.launches} kernels; reading {weights / 1e9:.2f} GB {floor:.3f} ms"
+        f"  GPU {replay:.3f} ms in {traced.launches} kernels (usual layers {usual:.3f} ms); "
+        f"reading {weights / 1e9:.2f} GB {floor:.3f} ms"
     )
     for name, value in p50.items():
         print(f"  {name:22} {value:8.3f} ms  p90 {times[name][runs * 9 // 10]:8.3f}")
@@ -133,6 +145,7 @@ def bench(family: str, folder: Path, show_kernels: bool, runs: int) -> list[dict
             peer_value=floor,
             ratio=floor / replay,
             kernels=traced.launches,
+            usual_layers_ms=usual,
         )
     )
     return lines

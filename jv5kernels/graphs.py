@@ -26,8 +26,9 @@ from torch import Tensor
 
 from jv5kernels.backbone import PackedBackbone
 from jv5kernels.ops.registry import OPERATORS
-from jv5kernels.output import OutputFormat, embed_batch
+from jv5kernels.output import OutputFormat
 from jv5kernels.packing import PackedBatch
+from jv5kernels.short_layers import forward_short, takes_short_layers
 
 __all__ = ["BUCKETS", "MAX_GRAPHS", "MAX_TOKENS", "Bucket", "CudaRecorder", "ShortInputs"]
 
@@ -232,14 +233,9 @@ class ShortInputs:
             slot = _Slot(bucket, self.device)
             slot.fill([np.zeros(bucket.tokens, dtype=np.int32)])
             batch = slot.batch
-            if output.ranges is None:
-                slot.replay, slot.outputs = self._recorder.record(
-                    lambda: embed_batch(output, backbone, batch)
-                )
-            else:
-                slot.replay, slot.outputs = self._recorder.record(
-                    lambda: backbone.forward_pooled(batch, output.pooling)
-                )
+            slot.replay, slot.outputs = self._recorder.record(
+                lambda: _compute(backbone, output, batch)
+            )
             self._slots[key] = slot
             while len(self._slots) > MAX_GRAPHS:
                 self._slots.popitem(last=False)
@@ -250,6 +246,15 @@ class ShortInputs:
 def bucket_for(tokens: int, sequences: int) -> Bucket | None:
     """The smallest bucket for a batch, or None when it is too large for all."""
     return next((b for b in BUCKETS if tokens <= b.tokens and sequences <= b.sequences), None)
+
+
+def _compute(backbone: PackedBackbone, output: OutputFormat, batch: PackedBatch) -> Outputs:
+    """What is recorded: all of it, or without the output step where that takes ranges."""
+    if takes_short_layers(backbone, batch.total_tokens):
+        pooled = forward_short(backbone, batch)
+    else:
+        pooled = backbone.forward_pooled(batch, output.pooling)
+    return pooled if output.ranges is not None else _finish(backbone, output, pooled)
 
 
 def _finish(

@@ -19,6 +19,7 @@ from jv5kernels import FastEncoder, graphs
 from jv5kernels.graphs import BUCKETS, MAX_TOKENS, ShortInputs, bucket_for
 from jv5kernels.output import OutputFormat, embed_batch
 from jv5kernels.packing import pack
+from jv5kernels.short_layers import forward_short
 from jv5kernels.synthetic.checkpoint import write_checkpoint
 
 TEXTS = [
@@ -116,6 +117,19 @@ def test_a_bucket_gives_what_the_plain_path_gives(encoders, lengths, pooling, fa
     else:
         # A bit differs only where a value is 0 up to the tolerance.
         assert (values != expected).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("lengths", [[12], [1, 30, 2], [64]])
+@pytest.mark.parametrize("family", ["small", "nano"])
+def test_the_short_layers_are_the_usual_ones(encoders, family, lengths):
+    backbone = encoders[family]._backbones.get(None)
+    random = np.random.default_rng(0)
+    ids = [random.integers(0, 500, n).astype(np.int32) for n in lengths]
+    batch = pack(ids, np.arange(len(ids)), "cpu")
+    hidden, cu_seqlens = forward_short(backbone, batch)
+    expected, _ = backbone.forward_pooled(batch, "mean")
+    assert torch.equal(cu_seqlens, batch.cu_seqlens)
+    torch.testing.assert_close(hidden, expected, atol=2e-5, rtol=1e-5)
 
 
 def test_what_was_in_a_bucket_before_does_not_show(encoders):

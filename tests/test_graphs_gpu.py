@@ -11,6 +11,7 @@ import torch
 
 from jv5kernels import FastEncoder
 from jv5kernels.graphs import BUCKETS, MAX_TOKENS
+from jv5kernels.short_layers import takes_short_layers
 from jv5kernels.synthetic.checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -76,7 +77,8 @@ def test_batch_invariant_graphs_give_the_bits_of_the_plain_path(family, pooling,
 @pytest.mark.parametrize("family", ["small", "nano"])
 def test_default_graphs_keep_the_direction(family, folders):
     plain, recorded = (encoder_of(folders[family], graphs=g) for g in (False, True))
-    for text in TEXTS:
+    assert takes_short_layers(recorded._backbones.get(None), 16)
+    for text in [*TEXTS, " ".join(TEXTS)]:
         assert plain.encode(text) @ recorded.encode(text) >= 0.9999
 
 

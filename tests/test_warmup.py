@@ -13,6 +13,7 @@ from test_graphs import Rerun
 
 from jv5kernels import FastEncoder, graphs
 from jv5kernels.graphs import BUCKETS, ShortInputs
+from jv5kernels.ops import short_attention, short_linear
 from jv5kernels.output import OutputFormat, embed_batch
 from jv5kernels.packing import pack
 from jv5kernels.synthetic.checkpoint import write_checkpoint
@@ -105,6 +106,19 @@ def test_integer_arguments_are_constants_of_the_model_or_not_specialised(folders
         encoder = FastEncoder(folders["small"], device="cpu")
         for pooling in POOLINGS:
             embed(encoder, lengths, pooling, True)
+        rows = torch.zeros(len(lengths), 256)
+        short_linear(rows, torch.zeros(32, 256), norm_weight=rows[0], impl="triton")
+        short_attention(
+            torch.zeros(1, 96),
+            torch.zeros(1, 32),
+            torch.zeros(len(lengths) + 1, dtype=torch.int32),
+            1,
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=32,
+            causal=True,
+            impl="triton",
+        )
     assert seen
     for kernel, arguments in seen:
         free = set(kernel.kwargs.get("do_not_specialize") or ())
