@@ -194,17 +194,20 @@ class ShortInputs:
         bucket = bucket_for(sum(map(len, sequences)), len(sequences))
         if bucket is None or not self.can_record(backbone):
             return None
+        count = len(sequences)
         with self._lock:
             slot = self._slot(backbone, output, bucket)
-            slot.fill(sequences)
-            slot.replay()
-            values, flags = (
-                slot.outputs if output.ranges is None else _finish(backbone, output, slot.outputs)
-            )
-            count = len(sequences)
-            kept = values[:count].clone() if keep_on_device else slot.to_host(0, values, count)
-            flags = slot.to_host(1, flags, count)
-            self._recorder.synchronize()
+            try:
+                slot.fill(sequences)
+                slot.replay()
+                values, flags = slot.outputs
+                if output.ranges is not None:
+                    values, flags = _finish(backbone, output, slot.outputs)
+                kept = values[:count].clone() if keep_on_device else slot.to_host(0, values, count)
+                flags = slot.to_host(1, flags, count)
+            finally:
+                # Also after Ctrl-C: the next call may come on another stream.
+                self._recorder.synchronize()
             return kept if keep_on_device else kept.clone(), flags.clone()
 
     @torch.inference_mode()
