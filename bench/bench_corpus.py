@@ -112,7 +112,8 @@ def bench(
         trial[size], _ = seconds(lambda size=size: peer.encode(texts[:TRIAL], batch_size=size), 1)
     best = min(trial, key=lambda size: trial[size])
     peer_seconds, theirs = seconds(
-        lambda: peer.encode(texts, batch_size=best, normalize_embeddings=True), 1
+        lambda: peer.encode(texts, batch_size=best, normalize_embeddings=True),
+        1 if device == "cuda" else runs,
     )
     print(f"  sentence-transformers batch {best:4}: {tokens / peer_seconds:10.0f} tokens/s")
     sample = slice(0, None, max(1, len(texts) // SAMPLE))

@@ -165,6 +165,7 @@ class ShortInputs:
         self._lock = Lock()
         self._slots: OrderedDict[Any, _Slot] = OrderedDict()
         self._capturable: dict[PackedBackbone, bool] = {}
+        self._no_flags = torch.zeros(max(b.sequences for b in BUCKETS), dtype=torch.uint8)
 
     def __len__(self) -> int:
         """Recordings that are kept."""
@@ -189,7 +190,8 @@ class ShortInputs:
             keep_on_device: whether the embeddings stay on the device.
 
         Returns:
-            (B, width) embeddings and (B,) uint8 flags of rows with NaN or Inf. All work on them is done.
+            (B, width) embeddings and (B,) uint8 flags of rows with NaN or Inf, these on the host. All work on them is
+            done.
         """
         bucket = bucket_for(sum(map(len, sequences)), len(sequences))
         if bucket is None or not self.can_record(backbone):
@@ -200,15 +202,19 @@ class ShortInputs:
             try:
                 slot.fill(sequences)
                 slot.replay()
-                values, flags = slot.outputs
+                found = slot.outputs
                 if output.ranges is not None:
-                    values, flags = _finish(backbone, output, slot.outputs)
+                    found = _finish(backbone, output, found)
+                values, flags, any_flag = found
                 kept = values[:count].clone() if keep_on_device else slot.to_host(0, values, count)
-                flags = slot.to_host(1, flags, count)
+                any_on_host = slot.to_host(1, any_flag, 1)
             finally:
                 # Also after Ctrl-C: the next call may come on another stream.
                 self._recorder.synchronize()
-            return kept if keep_on_device else kept.clone(), flags.clone()
+            kept = kept if keep_on_device else kept.clone()
+            # Nothing but the embeddings is copied for each text, unless one of them is not finite.
+            bad = flags[:count].cpu() if any_on_host.item() else self._no_flags[:count].clone()
+            return kept, bad
 
     @torch.inference_mode()
     def record_all(self, backbone: PackedBackbone, output: OutputFormat) -> int:
@@ -260,11 +266,12 @@ def _compute(backbone: PackedBackbone, output: OutputFormat, batch: PackedBatch)
     return pooled if output.ranges is not None else _finish(backbone, output, pooled)
 
 
-def _finish(
-    backbone: PackedBackbone, output: OutputFormat, pooled: Outputs
-) -> tuple[Tensor, Tensor]:
+def _finish(backbone: PackedBackbone, output: OutputFormat, pooled: Outputs) -> Outputs:
+    """Embeddings, the flag of each, and their maximum (1,)."""
     hidden, cu_seqlens = pooled
-    return output.apply(hidden, cu_seqlens, backbone.norm_weight, backbone.spec.rms_norm_eps)
+    eps = backbone.spec.rms_norm_eps
+    values, flags = output.apply(hidden, cu_seqlens, backbone.norm_weight, eps)
+    return values, flags, flags.amax().view(1)
 
 
 def _implementations(backbone: PackedBackbone) -> list[str]:

@@ -91,7 +91,7 @@ class _InFlight:
 
     Args:
         flags: (B,) uint8, which stay where they were computed.
-        any_flag: (1,) uint8, their maximum; on the host once `done` is.
+        any_flag: () uint8, their maximum; on the host once `done` is.
     """
 
     rows: np.ndarray
@@ -258,12 +258,12 @@ class Pipeline:
         found = None if self.short is None else self.short(batch.sequences)
         if found is not None:
             values, flags = found
-            self._in_flight.append(_InFlight(batch.rows, values, flags, flags.max(), None))
+            self._in_flight.append(_InFlight(batch.rows, values, flags, flags.amax(), None))
         return found is not None
 
     def _send(self, rows: np.ndarray, values: Values, flags: Tensor) -> None:
         done = None
-        any_flag = flags.max()
+        any_flag = flags.amax()
         if self.device.type == "cuda":
             any_flag = any_flag.to("cpu", non_blocking=True)
             if not self.keep_on_device and isinstance(values, Tensor):
