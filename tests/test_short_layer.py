@@ -193,7 +193,8 @@ def linear_cases() -> list[Case]:
             signature |= {"T": "i32", "eps": "fp32"}
             constants: dict[str, object] = {"N": n, "K": k, "BM": rows, "BN": columns_of_tile(n)}
             constants |= {"BK": step, "HAS_NORM": has_norm, "HAS_Y": has_norm}
-            constants["IS_SWIGLU"] = is_swiglu
+            constants |= {"IS_SWIGLU": is_swiglu, "IS_CHAINED": True}
+            constants["LINES"] = 1 << (k // 64 - 1).bit_length()
             optional = {"y": "*bf16", "norm_weight": "*bf16", "total": "*fp32"}
             if has_norm:
                 signature |= optional
@@ -215,6 +216,15 @@ def test_compiles_for_sm90_without_spills_and_with_pipelined_loads():
         assert report.stack <= 32, (report.stack, case)
         assert "cp.async" in report.ptx and ".f64" not in report.ptx
         assert ("wgmma" if case.constants["BM"] == 64 else "mma.sync") in report.ptx
+        before, after = report.ptx.split("griddepcontrol.wait")
+        assert "prefetch.global.L2" in before and "prefetch.global.L2" not in after
+        check_nothing_moves_before_the_wait(before)
+
+
+def check_nothing_moves_before_the_wait(before: str) -> None:
+    """Memory that the kernel before may write is neither read nor written until it is done."""
+    for instruction in ("ld.global", "st.global", "cp.async", "launch_dependents"):
+        assert instruction not in before, instruction
 
 
 def test_attention_compiles_for_sm90():
@@ -224,7 +234,7 @@ def test_attention_compiles_for_sm90():
             signature = {"qkv": "*bf16", "cos_sin": "*fp32", "cu_seqlens": "*i32", "out": "*bf16"}
             signature |= {"eps": "fp32", "scale": "fp32"}
             constants: dict[str, object] = {"HQ": heads, "HK": kv_heads, "D": dim, "BT": rows}
-            constants |= {"IS_CAUSAL": causal, "HAS_NORM": causal}
+            constants |= {"IS_CAUSAL": causal, "HAS_NORM": causal, "IS_CHAINED": True}
             optional = {"q_weight": "*bf16", "k_weight": "*bf16"}
             if causal:
                 signature |= optional
@@ -234,3 +244,5 @@ def test_attention_compiles_for_sm90():
             cases.append(Case(module, "short_attention_kernel", signature, constants))
     for report in compile_for_sm90(cases):
         report.check()
+        before, _ = report.ptx.split("griddepcontrol.wait")
+        check_nothing_moves_before_the_wait(before)

@@ -9,15 +9,22 @@
 The row's factor is taken out of the product, so one pass over K finds both. Every program adds and squares the few rows
 for itself (they come from the L2 cache), which costs less than a kernel of its own; the first one stores the total.
 
+With IS_CHAINED (programmatic dependent launch, sm_90 and later) the next kernel starts while this one runs: its
+programs have their part of the weight fetched into the L2 cache, which depends on nothing, and then wait until this one
+is done. So memory is read without a pause from layer to layer.
+
 `short_attention_kernel` takes one head of one sequence: norm and rotation of q and k, scores, softmax and the product
 with v in registers. Positions are the rows' places in their sequence.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = 1.4426950408889634
@@ -44,6 +51,30 @@ def dot(a, b, out):
     return tl.dot(a, b, out, input_precision="ieee")
 
 
+@triton.jit
+def wait_for_the_kernel_before():
+    """Everything behind this sees the results of the kernel before; the kernel after may start, up to this point."""
+    gdc_wait()
+    gdc_launch_dependents()
+
+
+@triton.jit
+def fetch_into_l2(p_row, K: tl.constexpr, LINES: tl.constexpr):
+    """Asks for all of some rows of K values of 2 bytes; p_row [BN, 1] points to their first ones."""
+    o_line = tl.minimum(
+        tl.arange(0, LINES) * 64, K - 1
+    )  # 128 bytes; the last one may be asked for again
+    address = (p_row + o_line[None, :]).to(tl.int64)  # [BN, LINES]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [address],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit(do_not_specialize=["T"])
 def short_linear_kernel(
     x,  # [T, K], fp32 with HAS_NORM
@@ -62,6 +93,8 @@ def short_linear_kernel(
     HAS_NORM: tl.constexpr,
     HAS_Y: tl.constexpr,
     IS_SWIGLU: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
+    LINES: tl.constexpr,
 ):
     i_n = tl.program_id(0)
     o_m = tl.arange(0, BM)[:, None]  # [BM, 1]
@@ -70,7 +103,13 @@ def short_linear_kernel(
     m_m = o_m < T
     m_total = o_m < tl.where(i_n == 0, T, 0)
     o_x = o_m * K + o_k[None, :]  # [BM, BK]
-    p_weight = weight + o_n[:, None] * K + o_k[None, :]  # [BN, BK]
+    p_row = weight + o_n[:, None] * K  # [BN, 1]
+    if IS_CHAINED:
+        fetch_into_l2(p_row, K, LINES)
+        if IS_SWIGLU:
+            fetch_into_l2(p_row + N * K, K, LINES)
+        wait_for_the_kernel_before()
+    p_weight = p_row + o_k[None, :]  # [BN, BK]
     b_out = tl.zeros([BM, BN], tl.float32)
     b_up = tl.zeros([BM, BN], tl.float32)
     b_square = tl.zeros([BM], tl.float32)
@@ -127,7 +166,10 @@ def short_attention_kernel(
     BT: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):
+    if IS_CHAINED:
+        wait_for_the_kernel_before()
     WIDTH: tl.constexpr = (HQ + 2 * HK) * D
     i_b = tl.program_id(0) // HQ
     i_h = tl.program_id(0) % HQ
@@ -163,6 +205,12 @@ def short_attention_kernel(
     b_out = dot(b_p, b_v, tl.zeros([BT, D], tl.float32)) / b_sum[:, None]
     p_out = out + (begin + o_t[:, None]) * (HQ * D) + i_h * D + o_d[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m)
+
+
+@lru_cache
+def can_chain(device: torch.device) -> bool:
+    """Whether the device launches a kernel while the one before runs."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def rows_of_tile(rows: int) -> int:
@@ -214,6 +262,9 @@ def launch_short_linear(
         HAS_NORM=norm_weight is not None,
         HAS_Y=y is not None,
         IS_SWIGLU=is_swiglu,
+        IS_CHAINED=can_chain(x.device),
+        LINES=triton.next_power_of_2(triton.cdiv(K, 64)),
+        launch_pdl=can_chain(x.device),
         num_warps=LINEAR_WARPS[BM],
         num_stages=num_stages,
     )
@@ -252,5 +303,7 @@ def launch_short_attention(
         BT=rows_of_tile(max_seqlen),
         IS_CAUSAL=is_causal,
         HAS_NORM=q_weight is not None,
+        IS_CHAINED=can_chain(qkv.device),
+        launch_pdl=can_chain(qkv.device),
         num_warps=ATTENTION_WARPS,
     )
