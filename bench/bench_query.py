@@ -30,6 +30,11 @@ from jv5kernels.graphs import ShortInputs
 QUERY = "How fast does light travel in a vacuum?"
 MIN_COSINE = 0.9999
 REPLAYS = 200
+# What a replay owes to each: it is timed again without.
+PARTS = {
+    "chained launches": "jv5kernels.kernels.short_layer.can_chain",
+    "short layers": "jv5kernels.graphs.takes_short_layers",
+}
 
 
 def milliseconds(call: Callable[[], Any], runs: int) -> list[float]:
@@ -57,9 +62,9 @@ def replay_milliseconds(encoder: FastEncoder) -> float:
     return start.elapsed_time(end) / REPLAYS
 
 
-def replay_of_the_usual_layers(encoder: FastEncoder) -> float:
-    """The same with the layer loop of longer inputs: what `short_layers` is worth."""
-    with patch("jv5kernels.graphs.takes_short_layers", lambda backbone, tokens: False):
+def replay_without(encoder: FastEncoder, name: str) -> float:
+    """The same where the package's function `name`, which says whether a device can do something, says no."""
+    with patch(name, lambda *_: False):
         encoder._short = ShortInputs(encoder.device)
         encoder.encode_query([QUERY])
     return replay_milliseconds(encoder)
@@ -104,11 +109,11 @@ def bench(family: str, folder: Path, show_kernels: bool, runs: int) -> list[dict
     copy = time_interleaved(copy_bandwidth_work().variants, rounds=1)["copy"].p50
     floor = weights / (copy_bandwidth_work().bytes / copy)
     traced = profile(lambda: ours._short.latest().replay())
-    usual = replay_of_the_usual_layers(ours)
+    without = {label: replay_without(ours, name) for label, name in PARTS.items()}
     print(f"{family}, {tokens} tokens, cosine to fp32 {cosine:.7f}")
     print(
-        f"  GPU {replay:.3f} ms in {traced.launches} kernels (usual layers {usual:.3f} ms); "
-        f"reading {weights / 1e9:.2f} GB {floor:.3f} ms"
+        f"  GPU {replay:.3f} ms in {traced.launches} kernels; reading {weights / 1e9:.2f} GB {floor:.3f} ms; "
+        + ", ".join(f"without {label} {value:.3f} ms" for label, value in without.items())
     )
     for name, value in p50.items():
         print(f"  {name:22} {value:8.3f} ms  p90 {times[name][runs * 9 // 10]:8.3f}")
@@ -145,7 +150,7 @@ def bench(family: str, folder: Path, show_kernels: bool, runs: int) -> list[dict
             peer_value=floor,
             ratio=floor / replay,
             kernels=traced.launches,
-            usual_layers_ms=usual,
+            ms_without=without,
         )
     )
     return lines

@@ -37,7 +37,10 @@ def specialisation(kernel, arguments: dict[str, object]) -> tuple:
     free = set(kernel.kwargs.get("do_not_specialize") or ())
     key: list[object] = [kernel.fn.__name__]
     for name, value in sorted(arguments.items()):
-        if "constexpr" in str(kernel.fn.__annotations__.get(name, "")) or name.startswith("num_"):
+        if (
+            "constexpr" in str(kernel.fn.__annotations__.get(name, ""))
+            or name not in kernel.arg_names
+        ):
             key.append((name, value))
         elif isinstance(value, torch.Tensor):
             key.append((name, value.dtype, value.data_ptr() % 16 == 0))
@@ -122,13 +125,9 @@ def test_integer_arguments_are_constants_of_the_model_or_not_specialised(folders
     assert seen
     for kernel, arguments in seen:
         free = set(kernel.kwargs.get("do_not_specialize") or ())
-        for name, value in arguments.items():
+        for name in kernel.arg_names:
             is_constant = "constexpr" in str(kernel.fn.__annotations__.get(name, ""))
-            if (
-                isinstance(value, int)
-                and not is_constant
-                and not name.startswith(("num_", "stride"))
-            ):
+            if isinstance(arguments[name], int) and not is_constant and name[:6] != "stride":
                 assert name in free, f"{kernel.fn.__name__}: {name}"
 
 
