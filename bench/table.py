@@ -89,8 +89,23 @@ def invariance_table() -> str:
     return "\n".join(rows) + source(found)
 
 
+def latency_table() -> str:
+    """One short query, and the first one of a process."""
+    queries, starts = records("query"), records("cold_start")
+    rows = ["| work | jv5kernels | against | | ratio |", "|---|---|---|---|---|"]
+    for r in queries:
+        mine, theirs = f"{number(r['value'])} ms", f"{number(r['peer_value'])} ms"
+        rows.append(f"| {r['work']} | {mine} | {r['peer']} | {theirs} | **{r['ratio']:.2f}x** |")
+    for r in starts:
+        loading = f"{number(r['steps']['load'])} s"
+        rows.append(f"| {r['work']} | {number(r['value'])} s | loading the weights | {loading} | |")
+    found = queries + starts
+    return "\n".join(rows) + source(found) if found else "Not measured yet."
+
+
 TABLES = {
     "speed": speed_table,
+    "latency": latency_table,
     "parity": parity_table,
     "memory": memory_table,
     "invariance": invariance_table,

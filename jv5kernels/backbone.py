@@ -187,7 +187,11 @@ class PackedBackbone:
             assert y is not None
             return residual.add_(y), batch.cu_seqlens
         y, residual = self._run_layers(batch, self.layers[:-1])
-        rows = batch.cu_seqlens[1:] - 1 if pooling == "lasttoken" else batch.cu_seqlens[:-1]
+        if pooling == "lasttoken":
+            rows = batch.cu_seqlens[1:] - 1
+        else:
+            # An empty sequence at the end starts past the last token.
+            rows = batch.cu_seqlens[:-1].clamp(max=batch.total_tokens - 1)
         hidden = self._last_layer(y, residual, batch, rows)
         return hidden, torch.arange(len(batch) + 1, dtype=torch.int32, device=hidden.device)
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from jv5kernels.backbone import PackedBackbone
 from jv5kernels.backbones import CheckpointBackbones
 from jv5kernels.checkpoint import Checkpoint, open_checkpoint
 from jv5kernels.device import resolve_device, resolve_dtype
+from jv5kernels.graphs import MAX_TOKENS, ShortInputs
 from jv5kernels.live.model import LiveModel, open_live
 from jv5kernels.memory import MemoryModel, default_token_budget, memory_model
 from jv5kernels.output import (
@@ -32,8 +32,9 @@ from jv5kernels.output import (
     embed_batch_tokens,
 )
 from jv5kernels.packing import PackedBatch
-from jv5kernels.pipeline import Limits, Pipeline, Statistics
+from jv5kernels.pipeline import INLINE_CHARACTERS, Limits, Pipeline, Statistics, progress_bar
 from jv5kernels.tokenization import Tokenization, resolve_prompt
+from jv5kernels.warmup import WarmupReport, warm_lengths, warm_up
 
 # From a batch to its values and the flags of rows that are not finite.
 Step = Callable[[PackedBackbone, PackedBatch], tuple[Any, Tensor]]
@@ -128,6 +129,7 @@ class FastEncoder:
         self.max_seq_length = self._check_length("max_seq_length", max_seq_length)
         self.token_budget = token_budget
         self.statistics = Statistics()
+        self._short = ShortInputs(self.device) if self.device.type == "cuda" else None
         self._tokenization = Tokenization(self.checkpoint.tokenizer(), self.max_seq_length)
         self._backbones = CheckpointBackbones(
             self.checkpoint,
@@ -199,7 +201,7 @@ class FastEncoder:
             self.prompts, self.checkpoint.default_prompt_name, prompt_name, prompt
         )
         texts = [prefix + text for text in texts]
-        limits = self._limits(batch_size, max_length)
+        limits = self._limits(batch_size, max_length, sum(map(len, texts)))
         run = partial(self._run, texts, tasks, limits, show_progress_bar=bool(show_progress_bar))
         if output_value == "token_embeddings":
             tokens: dict[int, Tensor] = {}
@@ -220,7 +222,7 @@ class FastEncoder:
         def store(rows: np.ndarray, values: Tensor) -> None:
             result[torch.from_numpy(rows).to(device)] = values
 
-        run(partial(embed_batch, output), store, keep_on_device=convert_to_tensor)
+        run(partial(embed_batch, output), store, keep_on_device=convert_to_tensor, output=output)
         if convert_to_tensor or output.dtype == torch.bfloat16:
             return result[0] if single else result
         if convert_to_numpy:
@@ -254,6 +256,37 @@ class FastEncoder:
     def memory_model(self) -> MemoryModel:
         """Bytes = weights + fixed + per_token · tokens, an upper bound for this model and dtype."""
         return memory_model(self.spec, self.dtype)
+
+    def warmup(
+        self,
+        tasks: Sequence[str] | None = None,
+        *,
+        precision: str | None = None,
+        normalize_embeddings: bool = True,
+        truncate_dim: int | None = None,
+        ranges: np.ndarray | Tensor | None = None,
+    ) -> WarmupReport:
+        """Does what first calls would otherwise wait for: loads, compiles, and records CUDA graphs for short inputs.
+
+        Kernels that an earlier process compiled come from Triton's cache on disk (TRITON_CACHE_DIR).
+
+        Args:
+            tasks: adapters to be ready for; default the encoder's own, or all when it has none.
+            precision, normalize_embeddings, truncate_dim, ranges: as in `encode`; call again for each form of output
+                that is to be ready.
+
+        Example:
+            >>> encoder.warmup(precision="binary").recordings    # on a GPU
+            17
+        """
+        names = [self.task] if self.task is not None or not self.tasks else list(self.tasks)
+        if tasks is not None:
+            names = [self._check_task(task) for task in tasks]
+        output = self._output_format(precision, ranges, normalize_embeddings, truncate_dim)
+        backbones = [self._backbones.get(name) for name in names]
+        budget = self._limits(None, None, INLINE_CHARACTERS + 1).token_budget
+        lengths = warm_lengths(min(self.max_seq_length, budget), budget)
+        return warm_up(backbones, output, lengths, self._short)
 
     # Arguments.
 
@@ -290,11 +323,14 @@ class FastEncoder:
             )
         return length
 
-    def _limits(self, batch_size: int | None, max_length: int | None) -> Limits:
+    def _limits(self, batch_size: int | None, max_length: int | None, characters: int) -> Limits:
         if self.batch_invariant and self.device.type == "cpu":
             batch_size = 1
         budget = self.token_budget
-        if budget is None:
+        if budget is None and self._short is not None and characters <= INLINE_CHARACTERS:
+            # Batches that have graphs; asking the device for its free memory would take longer than the run.
+            budget = MAX_TOKENS
+        elif budget is None:
             budget = default_token_budget(self.memory_model(), self.device)
         if max_length is None:
             max_length = self.max_seq_length
@@ -344,25 +380,34 @@ class FastEncoder:
         *,
         show_progress_bar: bool,
         keep_on_device: bool,
+        output: OutputFormat | None = None,
     ) -> None:
-        """Runs the texts of every task in turn through `step`; warns once about texts that were cut."""
+        """Runs the texts of every task in turn through `step`; warns once about texts that were cut.
+
+        Args:
+            output: what `step` computes, if short inputs may take a recording of it.
+        """
         truncated = 0
-        with (
-            torch.inference_mode(),
-            tqdm(total=len(texts), unit="text", disable=not show_progress_bar) as bar,
-        ):
+        with torch.inference_mode(), progress_bar(len(texts), show_progress_bar) as progress:
             for task in dict.fromkeys(tasks):
                 rows = np.flatnonzero([t == task for t in tasks])
+                backbone = self._backbones.get(task)
+                short = None
+                if self._short is not None and output is not None:
+                    short = partial(
+                        self._short.run, backbone, output, keep_on_device=keep_on_device
+                    )
                 pipeline = Pipeline(
                     self._tokenization,
                     self.device,
-                    partial(step, self._backbones.get(task)),
+                    partial(step, backbone),
                     partial(self._step_in_float32, step, task),
                     store,
                     limits=limits,
                     statistics=self.statistics,
+                    short=short,
                     keep_on_device=keep_on_device,
-                    progress=bar.update,
+                    progress=progress,
                 )
                 truncated += pipeline.run([texts[int(row)] for row in rows], rows)
         if truncated:

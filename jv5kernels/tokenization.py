@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from jv5kernels.text_prefix import TextPrefix
+
 __all__ = ["TokenizedTexts", "Tokenization", "resolve_prompt"]
 
 # Tokenised once to learn what is added around a text, and to check that truncation keeps it.
@@ -25,7 +27,8 @@ class TokenizedTexts:
 
     Args:
         ids: one int32 array a text, at most max_length long, special tokens included.
-        lengths: (N,) int64, tokens of each text before truncation.
+        lengths: (N,) int64, tokens of each text before truncation; of a text that is far longer than max_length only
+            a lower bound beyond it, since the rest was not tokenised.
         truncated: (N,) bool, where a text was longer than max_length.
     """
 
@@ -55,6 +58,7 @@ class Tokenization:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._before, self._after = self._special_tokens()
+        self._prefix = TextPrefix(self._tokenizer)
         self.max_seq_length = self._check_length("max_seq_length", max_seq_length)
 
     def encode(
@@ -81,7 +85,7 @@ class Tokenization:
         for name, text in zip(names, texts, strict=True):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{name}] must be a str, not {type(text).__name__}")
-        encodings = self._encode_all(texts, names)
+        encodings = self._encode_up_to(limit, texts, names)
         lengths = np.fromiter(map(len, encodings), dtype=np.int64, count=len(encodings))
         if not lengths.all():
             raise ValueError(
@@ -90,6 +94,17 @@ class Tokenization:
             )
         ids = [self._cut(np.array(encoding.ids, dtype=np.int32), limit) for encoding in encodings]
         return TokenizedTexts(ids, lengths, lengths > limit)
+
+    def _encode_up_to(
+        self, limit: int, texts: Sequence[str], names: Sequence[int] | np.ndarray
+    ) -> list[Encoding]:
+        """Encodings that are whole, or longer than limit and right up to there."""
+        prefixes = [self._prefix.of(text, limit) for text in texts]
+        encodings = self._encode_all(prefixes, names)
+        for i, (prefix, text) in enumerate(zip(prefixes, texts, strict=True)):
+            if len(prefix) < len(text) and len(encodings[i]) <= limit:
+                encodings[i] = self._encode_all([text], [names[i]])[0]
+        return encodings
 
     def _encode_all(
         self, texts: Sequence[str], names: Sequence[int] | np.ndarray
