@@ -138,7 +138,9 @@ class Calibration:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is a damaged calibration: {error!r}") from error
         if not sound or (ranges[0] > ranges[1]).any():
-            raise ValueError(f"{path} is a damaged calibration: its ranges do not fit its dimension")
+            raise ValueError(
+                f"{path} is a damaged calibration: its ranges do not fit its dimension"
+            )
         return cls(ranges=ranges, **named)
 
     def check(self, origin: Origin, query_prompt: str | None = None) -> None:

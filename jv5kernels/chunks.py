@@ -121,7 +121,14 @@ def encode_chunks(
     (adapter,) = tasks_of(task, self.task, self.tasks, 1)
     prefix = self._prefix(prompt_name, prompt)
     output = self._output_format(
-        precision, ranges, calibration, profile, normalize_embeddings, truncate_dim, [adapter], prefix
+        precision,
+        ranges,
+        calibration,
+        profile,
+        normalize_embeddings,
+        truncate_dim,
+        [adapter],
+        prefix,
     )
     limit = self._check_length(
         "max_length", self.max_seq_length if max_length is None else max_length

@@ -242,7 +242,14 @@ class FastEncoder:
                 f"output_value={output_value!r}: choose 'sentence_embedding' or 'token_embeddings'"
             )
         output = self._output_format(
-            precision, ranges, calibration, profile, normalize_embeddings, truncate_dim, tasks, prefix
+            precision,
+            ranges,
+            calibration,
+            profile,
+            normalize_embeddings,
+            truncate_dim,
+            tasks,
+            prefix,
         )
         # Ranges of the call itself are taken on the device, so that bytes alone leave it.
         stay = convert_to_tensor or output.over_call

@@ -15,10 +15,30 @@ import torch
 from torch import Tensor
 
 from jv5kernels.backbone import PackedBackbone
-from jv5kernels.ops.embed_output import embed_output
+from jv5kernels.ops.embed_output import embed_output as _op  # INTERIM
 from jv5kernels.ops.quantize import quantize_int8
 from jv5kernels.packing import PackedBatch
 from jv5kernels.storage import REVERSED, Layout, layout_of
+
+
+def embed_output(hidden, cu_seqlens, *, mode, precision, ranges, spans, **kw):  # INTERIM
+    from jv5kernels.ops.pool import pool
+    from jv5kernels.ops.quantize import quantize_binary
+
+    dtype = PRECISIONS[precision]
+    dtype = dtype if dtype.is_floating_point else torch.float32
+    if spans is not None:
+        w, eps = kw.pop("norm_weight"), kw.pop("eps")
+        hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps) * w
+        hidden = pool(hidden, cu_seqlens, "mean", spans=spans)
+        cu_seqlens = torch.arange(len(spans) + 1, dtype=torch.int32, device=hidden.device)
+    v, f = _op(hidden, cu_seqlens, mode=mode, dtype=dtype, **kw)
+    if precision in ("binary", "ubinary"):
+        v = quantize_binary(v, precision)
+    if precision in ("int8", "uint8"):
+        v = quantize_int8(v, ranges, precision)
+    return v, f
+
 
 PRECISIONS = {
     "float32": torch.float32,

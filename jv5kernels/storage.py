@@ -183,7 +183,9 @@ _PROFILES = (
         "Vespa documentation, 'Binarizing vectors': tensor<int8>, bits as pack_bits leaves them (most significant bit "
         "first, two's complement), read back by unpack_bits",
         {
-            **_floats("prenormalized-angular", float32="tensor<float>", bfloat16="tensor<bfloat16>"),
+            **_floats(
+                "prenormalized-angular", float32="tensor<float>", bfloat16="tensor<bfloat16>"
+            ),
             **_both(BYTES, Layout("int8", "int8", "tensor<int8>", "angular", compares_codes=True)),
             **_both(BITS, Layout("ubinary", "int8", "tensor<int8>", "hamming", dim_multiple=8)),
         },
