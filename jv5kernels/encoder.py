@@ -241,6 +241,7 @@ class FastEncoder:
             raise ValueError(
                 f"output_value={output_value!r}: choose 'sentence_embedding' or 'token_embeddings'"
             )
+        adapters = tasks or [task if isinstance(task, str) else self.task]
         output = self._output_format(
             precision,
             ranges,
@@ -248,7 +249,7 @@ class FastEncoder:
             profile,
             normalize_embeddings,
             truncate_dim,
-            tasks,
+            adapters,
             prefix,
         )
         # Ranges of the call itself are taken on the device, so that bytes alone leave it.
