@@ -15,7 +15,6 @@ from torch import Tensor
 
 from jv5kernels.backbone import PackedBackbone
 from jv5kernels.ops.embed_output import embed_output
-from jv5kernels.ops.quantize import quantize_binary, quantize_int8
 from jv5kernels.packing import PackedBatch
 
 PRECISIONS = {
@@ -70,8 +69,7 @@ class OutputFormat:
         Returns:
             (B, width) embeddings and (B,) uint8 flags, 1 where a row holds NaN or Inf.
         """
-        floats = self.dtype if self.dtype.is_floating_point else torch.float32
-        embeddings, flags = embed_output(
+        return embed_output(
             hidden,
             cu_seqlens,
             mode=self.pooling,
@@ -79,15 +77,9 @@ class OutputFormat:
             eps=eps,
             truncate_dim=self.dim,
             normalize=self.normalize,
-            dtype=floats,
+            precision=self.precision,
+            ranges=None if self.ranges is None else self.ranges.to(hidden.device),
         )
-        if self.precision in ("binary", "ubinary"):
-            embeddings = quantize_binary(embeddings, precision=self.precision)
-        elif self.precision in ("int8", "uint8"):
-            assert self.ranges is not None
-            ranges = self.ranges.to(embeddings.device)
-            embeddings = quantize_int8(embeddings, ranges, precision=self.precision)
-        return embeddings, flags
 
 
 def check_pooling(pooling: str | None) -> str:
