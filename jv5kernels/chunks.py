@@ -233,8 +233,7 @@ def _run(
     """(N+1, width) on the device; in fp32 when a row is not finite."""
 
     def embed(backbone: PackedBackbone, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        segments = torch.from_numpy(table).to(encoder.device, non_blocking=True)
-        return embed_batch_spans(output, backbone, batch, segments)
+        return embed_batch_spans(output, backbone, batch, torch.from_numpy(table))
 
     with torch.inference_mode():
         batch = pack([located.ids], np.zeros(1, np.int64), encoder.device)

@@ -352,6 +352,7 @@ class FastEncoder:
             precision=precision,
             ranges=ranges,
             profile=self.profile if profile is None else profile,
+            device=self.device,
         )
 
     def _dim(self, truncate_dim: int | None) -> int:

@@ -15,29 +15,10 @@ import torch
 from torch import Tensor
 
 from jv5kernels.backbone import PackedBackbone
-from jv5kernels.ops.embed_output import embed_output as _op  # INTERIM
+from jv5kernels.ops.embed_output import embed_output
 from jv5kernels.ops.quantize import quantize_int8
 from jv5kernels.packing import PackedBatch
 from jv5kernels.storage import REVERSED, Layout, layout_of
-
-
-def embed_output(hidden, cu_seqlens, *, mode, precision, ranges, spans, **kw):  # INTERIM
-    from jv5kernels.ops.pool import pool
-    from jv5kernels.ops.quantize import quantize_binary
-
-    dtype = PRECISIONS[precision]
-    dtype = dtype if dtype.is_floating_point else torch.float32
-    if spans is not None:
-        w, eps = kw.pop("norm_weight"), kw.pop("eps")
-        hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps) * w
-        hidden = pool(hidden, cu_seqlens, "mean", spans=spans)
-        cu_seqlens = torch.arange(len(spans) + 1, dtype=torch.int32, device=hidden.device)
-    v, f = _op(hidden, cu_seqlens, mode=mode, dtype=dtype, **kw)
-    if precision in ("binary", "ubinary"):
-        v = quantize_binary(v, precision)
-    if precision in ("int8", "uint8"):
-        v = quantize_int8(v, ranges, precision)
-    return v, f
 
 
 PRECISIONS = {
@@ -61,7 +42,7 @@ class OutputFormat:
         dim: values an embedding (before bits are packed), at most the model's width.
         normalize: whether embeddings get unit length.
         precision: one of `PRECISIONS`.
-        ranges: (2, dim) float32, minima and maxima a dimension, for int8 and uint8.
+        ranges: (2, dim) float32 on the encoder's device, minima and maxima a dimension, for int8 and uint8.
         over_call: int8 and uint8 with the ranges of the call's own embeddings, known when all of them are there.
         layout: of a storage profile; None for Sentence Transformers' bytes.
     """
@@ -104,7 +85,7 @@ class OutputFormat:
         Args:
             hidden: (T, C) before the final norm.
             cu_seqlens: (B+1,) int32.
-            spans: (N, 2) int32 rows of hidden to average in place of the sequences.
+            spans: (N, 2) int32 on the CPU, rows of hidden to average in place of the sequences.
 
         Returns:
             (B, width) embeddings, or (N, width) with spans, as the operator packs them (`finish` makes them those of a
@@ -119,7 +100,7 @@ class OutputFormat:
             truncate_dim=self.dim,
             normalize=self.normalize,
             precision=self.native,
-            ranges=None if self.ranges is None else self.ranges.to(hidden.device),
+            ranges=self.ranges,
             spans=spans,
         )
 
@@ -184,6 +165,7 @@ def output_format(
     precision: str,
     ranges: np.ndarray | Tensor | Sequence | str | None,
     profile: str | None,
+    device: torch.device,
 ) -> OutputFormat:
     """The output of a call, its arguments checked against each other.
 
@@ -195,6 +177,7 @@ def output_format(
     if layout is not None and layout.compares_codes:
         check_comparable(checked, profile)
     over_call = precision in ("int8", "uint8") and checked is None
+    checked = None if checked is None else checked.to(device)
     return OutputFormat(pooling, dim, normalize, precision, checked, over_call, layout)
 
 

@@ -213,8 +213,6 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"mode='max' is unknown: choose one of \['lasttoken'"):
         pool(hidden, cu_seqlens, "max")
     spans = torch.zeros(3, 2, dtype=torch.int32)
-    with pytest.raises(ValueError, match="spans are pooled with mode='mean' alone"):
-        pool(hidden, cu_seqlens, "cls", spans=spans)
     with pytest.raises(ValueError, match=r"spans must have shape \(\*, 2\)"):
         pool(hidden, cu_seqlens, "mean", spans=spans.T[:1])
     with pytest.raises(ValueError, match="triton: the kernel takes float32"):

@@ -275,8 +275,8 @@ def _draw_legend(figure: Any, panel: Any, report: Report) -> None:
         for precision, colour in COLOURS.items()
         if precision in measured
     ]
-    plain = {"color": "#4d4d4d", "marker": "o", "linewidth": 1.5}
-    dashed = {**plain, "linestyle": (0, (4, 2)), "markerfacecolor": "white"}
+    plain: dict[str, Any] = {"color": "#4d4d4d", "marker": "o", "linewidth": 1.5}
+    dashed: dict[str, Any] = {**plain, "linestyle": (0, (4, 2)), "markerfacecolor": "white"}
     rescored = f"{report.oversample}x candidates, put in order by the float32 query"
     entries += [
         Line2D([], [], **plain, label=f"floats, or rescored ({rescored})"),

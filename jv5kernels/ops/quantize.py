@@ -51,7 +51,7 @@ def quantize_int8(
     """
     check_tensor("x", x, ndim=2, dtypes=REFERENCE_DTYPES)
     check_tensor("ranges", ranges, shape=(2, x.shape[1]), dtypes=REFERENCE_DTYPES, device=x.device)
-    _check_precision(precision, INT8_PRECISIONS)
+    check_precision(precision, INT8_PRECISIONS)
     return _quantize_int8(x, ranges, precision, impl)
 
 
@@ -78,11 +78,12 @@ def quantize_binary(x: Tensor, precision: str = "ubinary", *, impl: str = "auto"
         tensor([[150]], dtype=torch.uint8)
     """
     check_tensor("x", x, ndim=2, dtypes=REFERENCE_DTYPES)
-    _check_precision(precision, BINARY_PRECISIONS)
+    check_precision(precision, BINARY_PRECISIONS)
     return _quantize_binary(x, precision, impl)
 
 
-def _check_precision(precision: str, allowed: tuple[str, ...]) -> None:
+def check_precision(precision: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless `precision` is one of the allowed ones."""
     if precision not in allowed:
         raise ValueError(f"precision={precision!r} is unknown: choose one of {list(allowed)}")
 
