@@ -1,8 +1,8 @@
 """Worked examples: binary search and rescoring with faiss and with usearch, and the recall that they reach.
 
-Search stays with the stores. Each example keeps bits in the index, asks it for four times as many candidates as hits, and puts
-these in order with the float32 query against what was kept beside the bits: int8 codes with faiss, float16 vectors with usearch.
-Recall is the share of the ten float32 neighbours that are found.
+Search stays with the stores. Each example keeps bits in the index, asks it for four times as many candidates as hits,
+and puts these in order with the float32 query against what was kept beside the bits: int8 codes with faiss, float16
+vectors with usearch. Recall is the share of the ten float32 neighbours that are found.
 
 python bench/bench_search.py [--model M] [--dim N]
 """

@@ -1,8 +1,9 @@
 """Calibration: the ranges of int8 and uint8 output, measured once over a corpus and kept with what they belong to.
 
-A range per dimension is what turns a float into a byte, so a corpus and its queries must share it, and it means nothing for
-another model, task, prompt or dimension. `Calibrator` measures in one streaming pass: memory is constant, and the result does
-not depend on the order of the texts or on how they were batched. `Calibration` is the result, a small JSON file.
+A range per dimension is what turns a float into a byte, so a corpus and its queries must share it, and it means
+nothing for another model, task, prompt or dimension. `Calibrator` measures in one streaming pass: memory is constant,
+and the result does not depend on the order of the texts or on how they were batched. `Calibration` is the result, a
+small JSON file.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Calibration:
     Example:
         >>> calibration = encoder.calibrate(corpus, truncate_dim=256)
         >>> calibration.save("corpus-256.json")
-        >>> encoder.encode(queries, prompt_name="query", truncate_dim=256, precision="int8", calibration="corpus-256.json")
+        >>> encoder.encode(queries, prompt_name="query", truncate_dim=256, precision="int8",
+        calibration="corpus-256.json")
     """
 
     origin: Origin
@@ -146,7 +148,8 @@ class Calibration:
     def check(self, origin: Origin, query_prompt: str | None = None) -> None:
         """Raises unless embeddings of `origin` may be coded with these ranges.
 
-        A corpus and its queries share ranges: ranges of documents also serve the checkpoint's query prompt. The reverse is
+        A corpus and its queries share ranges: ranges of documents also serve the checkpoint's query prompt. The
+            reverse is
         refused, since queries are few and short and their ranges clip documents.
 
         Raises:
@@ -248,7 +251,8 @@ def calibrate(
 ) -> Calibration:
     """Encodes a corpus once and returns the ranges of its embeddings, for int8 and uint8 output.
 
-    One pass in constant memory: `texts` may be a generator over any number of texts. Use documents, and use the result for
+    One pass in constant memory: `texts` may be a generator over any number of texts. Use documents, and use the
+        result for
     documents and queries alike.
 
     Args:

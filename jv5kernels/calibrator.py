@@ -1,10 +1,11 @@
 """Ranges of a stream of embeddings: exact extremes and percentiles to one bin, in one pass and constant memory.
 
-Percentiles come from a histogram per dimension whose bins are those of bfloat16: 128 to an octave, from 2^-16 to 2^8, of either
-sign, with one bin around zero. A percentile is therefore off by at most one bin, 1/128 of its size (2^-15 next to zero),
-whatever the scale of the dimension; fixed bins over [-1, 1] of the same number would be off by a hundredth of the spread of a
-1024-dimensional unit vector's values everywhere, and useless for vectors that are not normalised. Counts are integers, so
-neither the order of the embeddings nor the way they were batched changes a bit of the result.
+Percentiles come from a histogram per dimension whose bins are those of bfloat16: 128 to an octave, from 2^-16 to 2^8,
+of either sign, with one bin around zero. A percentile is therefore off by at most one bin, 1/128 of its size (2^-15
+next to zero), whatever the scale of the dimension; fixed bins over [-1, 1] of the same number would be off by a
+hundredth of the spread of a 1024-dimensional unit vector's values everywhere, and useless for vectors that are not
+normalised. Counts are integers, so neither the order of the embeddings nor the way they were batched changes a bit of
+the result.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ COUNT_VALUES = 1 << 22
 
 
 def bounds(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Between which values no code saturates: the last code's step begins at the maximum and is as wide as the others."""
+    """Between which values no code saturates: the step of the last code begins at the maximum."""
     minima, maxima = ranges
     return minima, maxima + (maxima - minima) / np.float32(255)
 

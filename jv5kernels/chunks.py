@@ -1,7 +1,7 @@
 """Many embeddings of one text from one pass over it: spans of characters or tokens, and the whole text.
 
-The text runs through the model once. A segment table, one pair of rows a span, tells the output kernel which hidden states to
-pool; spans may overlap, and none is computed twice.
+The text runs through the model once. A segment table, one pair of rows a span, tells the output kernel which hidden
+states to pool; spans may overlap, and none is computed twice.
 """
 
 from __future__ import annotations
@@ -76,15 +76,16 @@ def encode_chunks(
 ) -> ChunkEmbeddings:
     """Returns an embedding for every span of a text, and one of the whole text, from a single pass (late chunking).
 
-    Each span is seen in the context of the text: of all of it in a bidirectional model, of what comes before in a causal one.
-    Late chunking was published for mean-pooled models. jina-embeddings-v5-text is trained for last-token pooling and its
-    vendor does not offer late chunking for it: the mean over a span is a read-out that no training has shaped. Measure it
-    on your own texts before relying on it, or encode the chunks one by one, which is what the models are trained for.
+    Each span is seen in the context of the text: of all of it in a bidirectional model, of what comes before in a
+    causal one. Late chunking was published for mean-pooled models. jina-embeddings-v5-text is trained for last-token
+    pooling and its vendor does not offer late chunking for it: the mean over a span is a read-out that no training has
+    shaped. Measure it on your own texts before relying on it, or encode the chunks one by one, which is what the
+    models are trained for.
 
     Args:
         text: one text.
-        spans: pairs [start, end), in any order, overlapping or not; or a chunker, a function from the text to such pairs
-            of characters.
+        spans: pairs [start, end), in any order, overlapping or not; or a chunker, a function from the text to such
+            pairs of characters.
         unit: what the pairs count: "characters" of `text`, or "tokens" from the first that holds a character of `text`
             (the prompt is not counted, special tokens are not either). A token belongs to every span that holds one of
             its characters.
@@ -95,8 +96,8 @@ def encode_chunks(
             `Calibration.clipped` says how well it fits.
 
     Raises:
-        TypeError, ValueError: as in `encode`; a span that is empty, out of range, or wholly beyond the last token that the
-            model reads, named with its index.
+        TypeError, ValueError: as in `encode`; a span that is empty, out of range, or wholly beyond the last token
+            that the model reads, named with its index.
         torch.OutOfMemoryError: the text does not fit into memory.
         FloatingPointError: an embedding is not finite, also in fp32.
 
@@ -204,8 +205,8 @@ def token_rows(
         index = int(lost[0])
         read = int(located.ends[located.kept - 1]) - prefix if located.kept else 0
         raise ValueError(
-            f"span {index} ({spans[index, 0]}, {spans[index, 1]}) lies beyond the {len(located.ids)} tokens that the model "
-            f"reads, which end at character {max(0, read)}: split the text"
+            f"span {index} ({spans[index, 0]}, {spans[index, 1]}) lies beyond the {len(located.ids)} tokens that "
+            f"the model reads, which end at character {max(0, read)}: split the text"
         )
     cut = tuple(np.flatnonzero(stop > located.kept).tolist())
     return np.stack([begin, np.minimum(stop, located.kept)], axis=1), cut

@@ -20,7 +20,6 @@ from jv5kernels.ops.quantize import quantize_int8
 from jv5kernels.packing import PackedBatch
 from jv5kernels.storage import REVERSED, Layout, layout_of
 
-
 PRECISIONS = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -105,7 +104,7 @@ class OutputFormat:
         )
 
     def finish(self, values: Tensor) -> Tensor:
-        """Rows of a whole call, (N, width), in the profile's layout; with ranges="batch" their ranges are taken here."""
+        """The rows of a whole call, (N, width), in the profile's layout; ranges="batch" is taken here."""
         if self.over_call:
             native = self.precision if self.layout is None else self.layout.native
             values = quantize_int8(values, ranges_of_call(values), native)
@@ -194,8 +193,8 @@ def check_ranges(
     if ranges is None:
         raise ValueError(
             f"precision={precision!r} needs a range for every dimension, measured over a corpus: "
-            "calibration=encoder.calibrate(texts), made once and kept for corpus and queries; or ranges= of shape (2, dim). "
-            "They are not taken from the texts of one call: codes of two calls could then not be compared. "
+            "calibration=encoder.calibrate(texts), made once and kept for corpus and queries; or ranges= of shape "
+            "(2, dim). They are not taken from the texts of one call: codes of two calls could then not be compared. "
             "ranges='batch' asks for just that, as Sentence Transformers does"
         )
     if isinstance(ranges, str):
@@ -216,9 +215,9 @@ def check_comparable(ranges: Tensor | None, profile: str | None) -> None:
         if maximum > minimum and abs(-minimum / (maximum - minimum) * 255 - 128) <= 1:
             return
     raise ValueError(
-        f"profile={profile!r} takes distances between the codes themselves, which ranges that differ from dimension to "
-        "dimension distort: calibrate with symmetric=True (one range around zero), or leave profile= out and dequantise "
-        "before comparing"
+        f"profile={profile!r} takes distances between the codes themselves, which ranges that differ from dimension "
+        "to dimension distort: calibrate with symmetric=True (one range around zero), or leave profile= out and "
+        "dequantise before comparing"
     )
 
 

@@ -5,8 +5,8 @@ Every precision is searched the way a store searches it, exhaustively:
     float32, float16   inner products
     int8               inner products of codes of one symmetric step, a query coded like the documents
     binary             Hamming distance between bits
-    … rescored         the best `oversample · 10` of that, ordered by the float32 query against the stored codes (bits as ±1)
-    binary + int8      bits for the candidates, int8 codes beside them (on a disk, say) for the order
+    … rescored         the best `oversample · 10` of that, ordered by the float32 query against the stored codes (bits
+    as ±1) binary + int8      bits for the candidates, int8 codes beside them (on a disk, say) for the order
 
 The yardstick is the float32 ranking at full dimension, not relevance: 1 means "the same ten texts (in the same order)".
 """

@@ -1,12 +1,12 @@
 """Storage profiles: the exact bytes that each vector store documents, and converters between them.
 
-Stores disagree about three things: which bit of a byte is the first dimension, whether a byte is signed, and what "signed"
-means (two's complement of the packed byte, or the packed byte minus 128). Hamming distance survives any of these as long as
-both sides agree; a float query against stored bits, or bytes from two producers in one index, does not.
+Stores disagree about three things: which bit of a byte is the first dimension, whether a byte is signed, and what
+"signed" means (two's complement of the packed byte, or the packed byte minus 128). Hamming distance survives any of
+these as long as both sides agree; a float query against stored bits, or bytes from two producers in one index, does not.
 
 The encoder's operator gives one canonical form (a bit is 1 where a value is above zero, the first dimension is the most
-significant bit; a byte is Sentence Transformers' code). A profile is at most a reversal of the bits in each byte and another
-reading of the same 8 bits, so it costs nothing that could be measured. This module needs numpy alone.
+significant bit; a byte is Sentence Transformers' code). A profile is at most a reversal of the bits in each byte and
+another reading of the same 8 bits, so it costs nothing that could be measured. This module needs numpy alone.
 """
 
 from __future__ import annotations
@@ -320,8 +320,8 @@ def dequantize(codes: np.ndarray, ranges: np.ndarray, *, profile: str) -> np.nda
 def faiss_trained(ranges: np.ndarray) -> np.ndarray:
     """Returns what `ScalarQuantizer.trained` of a QT_8bit index holds for these ranges: minima, then widths.
 
-    With it, ``index.add_sa_codes(codes)`` takes the encoder's bytes as they are, and the index compares float queries with
-    the values that the bytes stand for.
+    With it, ``index.add_sa_codes(codes)`` takes the encoder's bytes as they are, and the index compares float queries
+    with the values that the bytes stand for.
 
     Args:
         ranges: (2, dim) minima and maxima.
@@ -340,11 +340,11 @@ def faiss_trained(ranges: np.ndarray) -> np.ndarray:
 
 
 def bit_strings(codes: np.ndarray, dim: int, *, profile: str = "pgvector") -> list[str]:
-    """Returns packed vectors (N, ⌈dim/8⌉) as texts of 0 and 1, first dimension first: literals of PostgreSQL's bit(n)."""
+    """Returns packed vectors (N, ⌈dim/8⌉) as texts of 0 and 1, first dimension first: PostgreSQL's bit(n) literals."""
     characters = unpack_bits(codes, dim, profile=profile) + np.uint8(ord("0"))
     return [row.tobytes().decode("ascii") for row in characters]
 
 
 def hex_strings(codes: np.ndarray) -> list[str]:
-    """Returns packed vectors (N, bytes) as hexadecimal texts, which Elasticsearch and Vespa take beside signed bytes."""
+    """Returns packed vectors (N, bytes) as hexadecimal texts, which Elasticsearch and Vespa take as well."""
     return [row.tobytes().hex() for row in np.ascontiguousarray(codes)]

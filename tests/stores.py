@@ -42,7 +42,7 @@ def milvus(file: Path) -> Iterator[Any]:
 
 @contextmanager
 def sqlite_vec() -> Iterator[Any]:
-    """A connection to an SQLite in memory with sqlite-vec loaded (Python's own sqlite3 often cannot load extensions)."""
+    """An SQLite in memory with sqlite-vec loaded (Python's own sqlite3 often cannot load extensions)."""
     extension = store("sqlite_vec").loadable_path()
     connection = store("apsw").Connection(":memory:")
     try:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from jv5kernels.comparison.stdlib_texts import standard_library_texts
 
 if TYPE_CHECKING:
-    from jv5kernels.encoder import FastEncoder
     from jv5kernels.retention import Point
 
 __all__ = ["Report", "draw", "render", "run"]
@@ -163,18 +162,18 @@ def render(report: Report) -> Any:
         table.add_column(name, justify="left" if name == "precision" else "right")
     for name in ("top-10 overlap", "rescored", "nDCG@10", "rescored"):
         table.add_column(name, justify="right")
-    kept = {(p.precision, p.dim, p.rescored): p for p in report.points}
+    kept = {(p.precision, p.dim, p.rescored): (p.overlap, p.ndcg) for p in report.points}
+    sizes = {(p.precision, p.dim): p.bytes for p in report.points}
     before = None
     for precision, dim in dict.fromkeys((p.precision, p.dim) for p in _by_precision(report)):
-        plain, better = (kept.get((precision, dim, rescored)) for rescored in (False, True))
+        plain, better = (
+            kept.get((precision, dim, rescored), (None, None)) for rescored in (False, True)
+        )
         table.add_row(
             precision if precision != before else "",
             str(dim),
-            f"{(plain or better).bytes:,}",  # type: ignore[union-attr]
-            _percent(plain and plain.overlap),
-            _percent(better and better.overlap),
-            _percent(plain and plain.ndcg),
-            _percent(better and better.ndcg),
+            f"{sizes[precision, dim]:,}",
+            *(_percent(pair[measure]) for measure in (0, 1) for pair in (plain, better)),
         )
         before = precision
     return table
