@@ -77,8 +77,8 @@ class Calibration:
     Example:
         >>> calibration = encoder.calibrate(corpus, truncate_dim=256)
         >>> calibration.save("corpus-256.json")
-        >>> encoder.encode(queries, prompt_name="query", truncate_dim=256, precision="int8",
-        calibration="corpus-256.json")
+        >>> options = {"truncate_dim": 256, "precision": "int8", "calibration": "corpus-256.json"}
+        >>> encoder.encode_document(corpus, **options), encoder.encode_query(queries, **options)
     """
 
     origin: Origin
@@ -149,8 +149,7 @@ class Calibration:
         """Raises unless embeddings of `origin` may be coded with these ranges.
 
         A corpus and its queries share ranges: ranges of documents also serve the checkpoint's query prompt. The
-            reverse is
-        refused, since queries are few and short and their ranges clip documents.
+        reverse is refused, since queries are few and short and their ranges clip documents.
 
         Raises:
             ValueError: model, revision, task, prompt, pooling, dimension or normalisation differ; says both sides.
@@ -252,8 +251,7 @@ def calibrate(
     """Encodes a corpus once and returns the ranges of its embeddings, for int8 and uint8 output.
 
     One pass in constant memory: `texts` may be a generator over any number of texts. Use documents, and use the
-        result for
-    documents and queries alike.
+    result for documents and queries alike.
 
     Args:
         texts: the corpus, or a sample of it (some thousand texts).
@@ -267,8 +265,7 @@ def calibrate(
         ValueError: no texts, or a percentile out of range; and whatever `encode` raises.
 
     Example:
-        >>> encoder.calibrate(open("corpus.txt"), percentile=99.9, truncate_dim=256).clip_rate
-        0.0019
+        >>> encoder.calibrate(open("corpus.txt"), percentile=99.9, truncate_dim=256).save("corpus-256.json")
     """
     if percentile is not None:
         check_percentile(percentile)

@@ -2,11 +2,12 @@
 
 Stores disagree about three things: which bit of a byte is the first dimension, whether a byte is signed, and what
 "signed" means (two's complement of the packed byte, or the packed byte minus 128). Hamming distance survives any of
-these as long as both sides agree; a float query against stored bits, or bytes from two producers in one index, does not.
+these as long as both sides agree; a float query against stored bits does not, nor do bytes of two producers in one
+index.
 
 The encoder's operator gives one canonical form (a bit is 1 where a value is above zero, the first dimension is the most
-significant bit; a byte is Sentence Transformers' code). A profile is at most a reversal of the bits in each byte and
-another reading of the same 8 bits, so it costs nothing that could be measured. This module needs numpy alone.
+significant bit; a byte is Sentence Transformers' code). A profile is at most a table look-up on the finished
+bytes and another reading of the same 8 bits. This module needs numpy alone.
 """
 
 from __future__ import annotations

@@ -252,3 +252,18 @@ def test_a_text_that_does_not_fit_says_so(encoders, monkeypatch) -> None:
     monkeypatch.setattr(PackedBackbone, "forward_pooled", full)
     with pytest.raises(torch.OutOfMemoryError, match="a text of .* tokens does not fit"):
         encoders["small"].encode_chunks(TEXT, sentences)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["small", "nano"])
+def test_spans_on_the_gpu_are_those_of_the_cpu(folders, encoders, name) -> None:
+    encoder = FastEncoder(folders[name], device="cuda", task="retrieval", dtype=torch.float32)
+    text = TEXT * 40
+    spans = [*sentences(text), (0, len(text)), (5, 6)]
+    expected = encoders[name].encode_chunks(text, spans)
+    found = encoder.encode_chunks(text, spans)
+    assert ((found.embeddings * expected.embeddings).sum(1) > 1 - 1e-5).all()
+    assert found.text @ expected.text > 1 - 1e-5
+    floats = np.vstack([found.embeddings, found.text])
+    bits = encoder.encode_chunks(text, spans, precision="ubinary")
+    assert np.array_equal(np.vstack([bits.embeddings, bits.text]), np.packbits(floats > 0, axis=1))

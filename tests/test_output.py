@@ -287,3 +287,39 @@ def test_one_operator_makes_the_bytes(folder, pooling, precision, monkeypatch) -
     codes = encoder.encode(TEXTS, precision=precision, calibration=calibration)
     dtype = getattr(torch, str(codes.dtype))
     assert set(given) == {(precision, dtype, codes.shape[1])}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("profile", [None, "faiss", "elasticsearch"])
+@pytest.mark.parametrize("precision", ["binary", "int8"])
+def test_codes_on_the_gpu_are_those_of_its_floats(folder, precision, profile) -> None:
+    encoder = FastEncoder(folder, device="cuda", task="retrieval", truncate_dim=DIM)
+    calibration = encoder.calibrate(TEXTS, symmetric=True)
+    options = {"precision": precision, "calibration": calibration, "profile": profile}
+    floats = encoder.encode(TEXTS)
+    expected = quantize_embeddings(floats, precision, ranges=calibration.ranges)
+    if profile is not None:
+        expected = convert(expected, precision, source="sentence-transformers", target=profile)
+    codes = encoder.encode(TEXTS, **options)
+    assert codes.dtype == expected.dtype and np.array_equal(codes, expected)
+    on_device = encoder.encode(TEXTS, convert_to_tensor=True, **options)
+    assert on_device.is_cuda and np.array_equal(on_device.cpu().numpy(), expected)
+
+
+@pytest.mark.gpu
+def test_nothing_but_the_bytes_leaves_the_gpu(folder, tmp_path) -> None:
+    """Of the profiler's copies to the host: dim/8 bytes a vector, and a byte or so a batch."""
+    import json
+
+    encoder = FastEncoder(folder, device="cuda", task="retrieval", truncate_dim=DIM)
+    texts = TEXTS * 20
+    encoder.encode(texts, precision="binary")
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        encoder.encode(texts, precision="binary")
+        torch.cuda.synchronize()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    copies = [e["args"]["bytes"] for e in events if "DtoH" in e.get("name", "") and "args" in e]
+    least = len(texts) * DIM // 8
+    assert copies and least <= sum(copies) <= least + 64 * len(copies)
