@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import written  # noqa: F401
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers.util import quantize_embeddings
 
@@ -103,6 +103,7 @@ def test_token_spans_count_from_the_first_token_of_the_text(name, encoders) -> N
         encoder.encode_chunks(TEXT, [(0, last + 1)], unit="tokens")
 
 
+@settings(max_examples=20)
 @given(st.text(min_size=1, max_size=30), st.data())
 def test_every_character_belongs_to_a_token(encoders, text: str, data: st.DataObject) -> None:
     encoder = encoders[data.draw(st.sampled_from(["small", "nano"]))]

@@ -40,6 +40,16 @@ def floats(encoder) -> np.ndarray:
     return encoder.encode(TEXTS)
 
 
+@pytest.fixture(scope="module")
+def calibration(encoder) -> Calibration:
+    return encoder.calibrate(TEXTS)
+
+
+@pytest.fixture(scope="module")
+def symmetric(encoder) -> Calibration:
+    return encoder.calibrate(TEXTS, symmetric=True)
+
+
 # Calibration.
 
 
@@ -84,9 +94,9 @@ def test_the_encoder_keeps_a_calibration(folder, encoder, tmp_path, floats) -> N
     assert ready.encode(TEXTS[0], precision="float32").dtype == np.float32
 
 
-def test_another_task_prompt_or_dimension_is_an_error_that_says_both_sides(encoder) -> None:
-    calibration = encoder.calibrate(TEXTS)
-
+def test_another_task_prompt_or_dimension_is_an_error_that_says_both_sides(
+    encoder, calibration
+) -> None:
     def attempt(**options: object) -> None:
         encoder.encode(TEXTS[:2], precision="int8", calibration=calibration, **options)
 
@@ -108,9 +118,8 @@ def test_another_task_prompt_or_dimension_is_an_error_that_says_both_sides(encod
 
 
 def test_a_copy_of_the_model_is_the_same_model_and_changed_weights_are_not(
-    encoder, folder, tmp_path
+    encoder, folder, calibration, tmp_path
 ) -> None:
-    calibration = encoder.calibrate(TEXTS)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
 
     def attempt(model: Path) -> np.ndarray:
@@ -125,8 +134,7 @@ def test_a_copy_of_the_model_is_the_same_model_and_changed_weights_are_not(
         attempt(copy)
 
 
-def test_a_changed_adapter_is_another_model(encoder, folder, tmp_path) -> None:
-    calibration = encoder.calibrate(TEXTS)
+def test_a_changed_adapter_is_another_model(folder, calibration, tmp_path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     adapter = copy / "adapters" / "retrieval" / "adapter_model.safetensors"
     edit_tensors(adapter, lambda t: [v.add_(0.5) for v in t.values()])
@@ -189,8 +197,9 @@ def test_few_texts_warn_and_one_is_refused_as_there(encoder, floats, caplog) -> 
 
 @pytest.mark.parametrize("convert_to_tensor", [False, True])
 @pytest.mark.parametrize("profile", sorted(PROFILES))
-def test_a_profile_gives_what_its_layout_says(encoder, floats, profile, convert_to_tensor) -> None:
-    symmetric = encoder.calibrate(TEXTS, symmetric=True)
+def test_a_profile_gives_what_its_layout_says(
+    encoder, floats, symmetric, profile, convert_to_tensor
+) -> None:
     for precision in PROFILES[profile].layouts:
         found = encoder.encode(
             TEXTS,
@@ -222,8 +231,9 @@ def test_bits_of_an_lsb_first_store(encoder, floats) -> None:
     assert encoder.encode([], precision="binary", profile="faiss").shape == (0, DIM // 8)
 
 
-def test_stores_that_compare_codes_refuse_ranges_that_would_distort_them(encoder) -> None:
-    calibration = encoder.calibrate(TEXTS)
+def test_stores_that_compare_codes_refuse_ranges_that_would_distort_them(
+    encoder, calibration
+) -> None:
     for ranges in ({"calibration": calibration}, {"ranges": "batch"}):
         with pytest.raises(ValueError, match="profile='usearch' takes distances between the codes"):
             encoder.encode(TEXTS, precision="int8", profile="usearch", **ranges)
@@ -275,7 +285,6 @@ def test_one_operator_makes_the_bytes(folder, pooling, precision, monkeypatch) -
     import jv5kernels.output as output
 
     encoder = FastEncoder(folder, device="cpu", task="retrieval", truncate_dim=DIM, pooling=pooling)
-    calibration = encoder.calibrate(TEXTS)
     original, given = output.embed_output, []
 
     def watched(*arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,7 +293,8 @@ def test_one_operator_makes_the_bytes(folder, pooling, precision, monkeypatch) -
         return values, flags
 
     monkeypatch.setattr(output, "embed_output", watched)
-    codes = encoder.encode(TEXTS, precision=precision, calibration=calibration)
+    ranges = np.stack([np.full(DIM, -0.5), np.full(DIM, 0.5)])
+    codes = encoder.encode(TEXTS, precision=precision, ranges=ranges)
     dtype = getattr(torch, str(codes.dtype))
     assert set(given) == {(precision, dtype, codes.shape[1])}
 
