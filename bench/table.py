@@ -112,9 +112,9 @@ def described(profile: Any, precision: str) -> str:
         notes.append("code" if layout.native == "uint8" else "code − 128")
         notes += ["one range"] if layout.compares_codes else []
     else:
-        notes.append("last bit first" if layout.little else "first bit first")
+        notes.append("LSB first" if layout.little else "MSB first")
         notes += ["minus 128"] if layout.native == "binary" else []
-    return f"{layout.dtype}, {', '.join(notes)}; {layout.field}, {layout.metric}"
+    return f"{layout.dtype}, {', '.join(notes)}; `{layout.field}`, `{layout.metric}`"
 
 
 def search_table() -> str:

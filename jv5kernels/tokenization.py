@@ -116,8 +116,17 @@ class Tokenization:
         Raises:
             TypeError, ValueError: as `encode`.
         """
-        ids = self.encode([text], max_length=max_length).ids[0]
-        encoding = self._tokenizer.encode(text)
+        limit = self.max_seq_length
+        if max_length is not None:
+            limit = self._check_length("max_length", max_length)
+        try:
+            encoding = self._tokenizer.encode(text)
+        except TypeError:
+            self.encode([text])  # says what is wrong with the text
+            raise
+        if not len(encoding):
+            self.encode([text])  # says that there is nothing to embed
+        ids = self._cut(np.array(encoding.ids, dtype=np.int32), limit)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         starts, ends = offsets[self._before : len(offsets) - self._after].T
         # A character that a normaliser merged into its neighbour, or that no token claims, goes with the token before.

@@ -212,6 +212,10 @@ def test_wrong_arguments_are_named(encoders) -> None:
     encoder = encoders["small"]
     with pytest.raises(TypeError, match="text must be a str, not list"):
         encoder.encode_chunks(["a"], [(0, 1)])
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        encoder.encode_chunks("\ud800", [(0, 1)])
+    with pytest.raises(ValueError, match="gives no tokens"):
+        encoder.encode_chunks("", [], prompt="")
     with pytest.raises(ValueError, match="unit='words' is unknown"):
         encoder.encode_chunks("a", [(0, 1)], unit="words")
     with pytest.raises(ValueError, match="span_pooling='cls' is unknown"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from stores import store
 
@@ -14,6 +16,7 @@ from jv5kernels import FastEncoder
 from jv5kernels.synthetic.checkpoint import write_checkpoint
 
 BENCH = Path(__file__).parent.parent / "bench"
+README = BENCH.parent / "README.md"
 WORDS = "kernel vector store byte order sign index recall query corpus lake forest river".split()
 DOCUMENTS = [
     f"{WORDS[i % 13]} and {WORDS[(i * 5 + 2) % 13]} of {WORDS[(i // 13) % 13]} {i}"
@@ -53,3 +56,25 @@ def test_an_example_finds_the_float32_neighbours(examples, encoder, name: str) -
     reached = examples.recall(exact, found)
     plain = examples.recall(exact, examples.by_bits_alone(encoder, DOCUMENTS, queries))
     assert reached >= 0.8 and reached > plain + 0.1
+
+
+def test_the_example_of_the_readme_finds_them_too(examples, encoder) -> None:
+    store("faiss")
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), flags=re.M | re.S)
+    (code,) = (block for block in blocks if "import faiss" in block)
+    questions = DOCUMENTS[3:100:9]
+    exact = examples.exact_neighbours(encoder, DOCUMENTS, questions)
+    found = []
+    for question in questions:
+        names = {"encoder": encoder, "texts": DOCUMENTS, "question": question}
+        exec(code, names)
+        found.append(names["hits"])
+    assert examples.recall(exact, np.stack(found)) > 0.8
+
+
+def test_the_example_of_spans_in_the_readme_runs(encoder) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), flags=re.M | re.S)
+    (code,) = (block for block in blocks if "encode_chunks" in block)
+    names = {"encoder": encoder, "text": "One sentence. Another one! And a third."}
+    exec(code, names)
+    assert names["found"].embeddings.shape == (2, 256) and names["found"].text.shape == (256,)
