@@ -4,9 +4,10 @@ Every precision is searched the way a store searches it, exhaustively:
 
     float32, float16   inner products
     int8               inner products of codes of one symmetric step, a query coded like the documents
+    int8, rescored     the float32 query against the values that codes of per-dimension ranges stand for
     binary             Hamming distance between bits
-    … rescored         the best `oversample · 10` of that, ordered by the float32 query against the stored codes (bits
-    as ±1) binary + int8      bits for the candidates, int8 codes beside them (on a disk, say) for the order
+    binary, rescored   the best `oversample · 10` of these, by the float32 query against the bits as ±1
+    binary + int8      the same candidates, by the float32 query against int8 codes kept beside the bits
 
 The yardstick is the float32 ranking at full dimension, not relevance: 1 means "the same ten texts (in the same order)".
 """
@@ -21,6 +22,7 @@ import torch
 
 from jv5kernels.calibrator import Calibrator
 from jv5kernels.ops.quantize import quantize_int8
+from jv5kernels.storage import dequantize
 
 __all__ = ["PRECISIONS", "TOP", "Point", "default_dims", "measure", "ndcg", "overlap"]
 
@@ -46,7 +48,7 @@ class Point:
         precision: one of `PRECISIONS`.
         dim: dimensions kept.
         bytes: per vector.
-        rescored: whether candidates are put in order by the float32 query.
+        rescored: whether the float32 query decides the order.
         overlap: share of the ten float32 neighbours that are found, 0 to 1.
         ndcg: nDCG@10 with gains 10 to 1 for the float32 neighbours.
     """
@@ -126,28 +128,32 @@ def _rankings(
     """(precision, rescored) -> the best TOP documents of every query, (M, TOP)."""
     calibrator = Calibrator(documents.shape[1])
     calibrator.add(documents)
-    ranges = torch.from_numpy(calibrator.ranges(symmetric=True))
+    symmetric, ranges = calibrator.ranges(symmetric=True), calibrator.ranges()
 
     def codes(x: np.ndarray) -> np.ndarray:
-        return quantize_int8(torch.from_numpy(x), ranges).numpy().astype(np.float32)
+        return _coded(x, symmetric).astype(np.float32)
 
     def signs(x: np.ndarray) -> np.ndarray:
         # Inner products of ±1 are dim - 2 · Hamming distance, exactly.
         return np.where(x > 0, np.float32(1), np.float32(-1))
 
-    bytes_, bits = codes(documents), signs(documents)
-    by_bytes = _best(codes(queries), bytes_, depth, same)
+    values = dequantize(_coded(documents, ranges), ranges, profile="sentence-transformers")
+    bits = signs(documents)
     by_bits = _best(signs(queries), bits, depth, same)
     halves = documents.astype(np.float16).astype(np.float32)
     return {
         ("float32", False): _best(queries, documents, TOP, same),
         ("float16", False): _best(queries, halves, TOP, same),
-        ("int8", False): by_bytes[:, :TOP],
-        ("int8", True): _reordered(queries, bytes_, by_bytes),
-        ("binary + int8", True): _reordered(queries, bytes_, by_bits),
+        ("int8", False): _best(codes(queries), codes(documents), TOP, same),
+        ("int8", True): _best(queries, values, TOP, same),
+        ("binary + int8", True): _reordered(queries, values, by_bits),
         ("binary", False): by_bits[:, :TOP],
         ("binary", True): _reordered(queries, bits, by_bits),
     }
+
+
+def _coded(x: np.ndarray, ranges: np.ndarray) -> np.ndarray:
+    return quantize_int8(torch.from_numpy(x), torch.from_numpy(ranges)).numpy()
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -276,10 +276,9 @@ def _draw_legend(figure: Any, panel: Any, report: Report) -> None:
     ]
     plain: dict[str, Any] = {"color": "#4d4d4d", "marker": "o", "linewidth": 1.5}
     dashed: dict[str, Any] = {**plain, "linestyle": (0, (4, 2)), "markerfacecolor": "white"}
-    rescored = f"{report.oversample}x candidates, put in order by the float32 query"
     entries += [
-        Line2D([], [], **plain, label=f"floats, or rescored ({rescored})"),
-        Line2D([], [], **dashed, label="not rescored"),
+        Line2D([], [], **plain, label="order by the float32 query"),
+        Line2D([], [], **dashed, label="order by comparing codes"),
     ]
     figure.legend(
         handles=entries,
@@ -287,7 +286,7 @@ def _draw_legend(figure: Any, panel: Any, report: Report) -> None:
         ncols=len(entries),
         frameon=False,
         fontsize=8.5,
-        title="numbers at the points: dimensions",
+        title=f"numbers at the points: dimensions; bits give {report.oversample}x as many candidates",
         title_fontsize=8.5,
         handlelength=2.8,
     )
