@@ -194,8 +194,10 @@ def _embed_output_cpp(
     spans = None if spans is None else spans_on_host(spans, hidden.shape[0])
     address, rows, step = native_ranges(cu_seqlens, spans)
     weight = None if norm_weight is None else norm_weight.float().contiguous()
-    out = torch.empty((rows, dim), dtype=torch.float32)
-    flags = torch.empty(rows, dtype=torch.uint8)
+    ranges = None if ranges is None else ranges.contiguous()
+    # Halves are cast from float32 rows.
+    stored = "float32" if precision in FLOAT_PRECISIONS else precision
+    out, flags = _empty_outputs(hidden, rows, stored, dim)
     status = _C.embed_output_float32(
         hidden.data_ptr(),
         hidden.shape[0],
@@ -209,26 +211,24 @@ def _embed_output_cpp(
         eps,
         dim,
         normalize,
+        _stored_kind(precision),
+        0 if ranges is None else ranges.data_ptr(),
+        0x80 if precision in ("int8", "binary") else 0,
         out.data_ptr(),
         flags.data_ptr(),
         torch.get_num_threads(),
     )
     check_native_status(status)
-    return _finished(out, flags, precision, ranges)
-
-
-def _finished(
-    out: Tensor, flags: Tensor, precision: str, ranges: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if precision in BINARY_PRECISIONS:
-        return quantize_binary(out, precision), flags
-    if ranges is not None:
-        return quantize_int8(out, ranges, precision), flags
-    if precision != "float32":
+    if stored != precision:
         out = out.to(getattr(torch, precision))
         # The cast overflows where a row is not normalised.
         flags |= (~out.isfinite().all(-1)).to(torch.uint8)
     return out, flags
+
+
+def _stored_kind(precision: str) -> int:
+    """What a row holds, as jv5kernels._C numbers it: floats, a byte a column, a bit a column."""
+    return 1 if precision in INT8_PRECISIONS else 2 if precision in BINARY_PRECISIONS else 0
 
 
 def _embed_output_triton(
