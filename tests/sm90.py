@@ -31,6 +31,7 @@ class Case:
     constants: dict[str, object]
     num_warps: int = 4
     num_stages: int = 3
+    enable_fp_fusion: bool = True
     divisible: tuple[str, ...] = ()  # scalar arguments known to be multiples of 16
 
 
@@ -91,7 +92,11 @@ def _compile(case: Case) -> Report:
         constexprs={(kernel.arg_names.index(n),): v for n, v in case.constants.items()},
         attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.enable_fp_fusion,
+    }
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     usage = _resource_usage(compiled.asm["cubin"])
     return Report(shared=compiled.metadata.shared, ptx=compiled.asm["ptx"], **usage)

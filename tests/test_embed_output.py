@@ -382,28 +382,59 @@ def test_the_cpp_kernel_refuses_ranges_outside(impl, place):
         embed_output(torch.ones(4, 8), ragged([5]), mode="mean", impl=impl)
 
 
+# Constants of a kernel's output: floats, a byte a column, a bit a column.
+OUTPUTS = {
+    "*fp32": {"DIM": 1024, "WIDTH": 1024, "KIND": 0, "FLIP": 0, "ranges": None},
+    "*bf16": {"DIM": 256, "WIDTH": 256, "KIND": 0, "FLIP": 0, "ranges": None},
+    "*i8": {"DIM": 1000, "WIDTH": 1000, "KIND": 1, "FLIP": 0x80},
+    "*u8": {"DIM": 1023, "WIDTH": 128, "KIND": 2, "FLIP": 0, "ranges": None},
+}
+
+
+def case(kernel, signature, out, constants, **options):
+    constants = {"C": 1024, "BC": 1024, "NORMALIZE": True} | OUTPUTS[out] | constants
+    signature = {"flags": "*u8", "stride_rr": "i32", "out": out, **signature}
+    if "ranges" not in constants:
+        signature["ranges"] = "*fp32"
+    module = "jv5kernels.kernels.embed_output"
+    return Case(module, kernel, signature, constants, enable_fp_fusion=False, **options)
+
+
 def test_compiles_for_sm90():
-    pointers = {"cu_seqlens": "*i32", "flags": "*u8"}
-    scalars = {"stride_ht": "i32", "eps": "fp32"}
+    token = {"bounds": "*i32", "stride_ht": "i32", "eps": "fp32"}
+    mean = {"partials": "*fp32", "arrivals": "*i32"}
+    tile = {"CHUNK": 64, "FEW_CHUNKS": 16, "BN": 256, "BS": 32}
     cases = [
-        Case(
-            "jv5kernels.kernels.embed_output",
-            "embed_output_kernel",
-            pointers
-            | {"hidden": hidden, "out": out}
-            | scalars
-            | ({"weight": "*bf16"} if norm else {}),
-            {"C": C, "DIM": dim, "BC": 1024, "ROW": row, "HAS_NORM": norm, "NORMALIZE": normalize}
-            | ({} if norm else {"weight": None}),
+        case(
+            "token_kernel",
+            token | {"hidden": hidden} | weight,
+            out,
+            {"STEP": step, "IS_LAST": step == 1} | ({} if weight else {"weight": None}),
             divisible=("stride_ht",),
         )
-        for hidden, C, dim, row, out, norm, normalize in [
-            ("*bf16", 1024, 1024, 0, "*fp32", True, True),
-            ("*bf16", 768, 256, 1, "*bf16", True, False),
-            ("*fp32", 1024, 31, 2, "*fp16", False, True),
-            ("*fp32", 1024, 1024, 2, "*fp32", False, False),
+        for hidden, weight, step, out in [
+            ("*fp32", {"weight": "*bf16"}, 1, "*u8"),
+            ("*bf16", {"weight": "*bf16"}, 2, "*i8"),
+            ("*fp32", {}, 1, "*fp32"),
+            ("*fp32", {"weight": "*fp32"}, 1, "*bf16"),
         ]
     ]
+    cases += [
+        case(
+            "mean_kernel",
+            mean | {"weight": "*bf16"} | source,
+            out,
+            tile | absent,
+            num_warps=8,
+        )
+        for source, absent in [
+            ({"cu_seqlens": "*i32"}, {"table": None}),
+            ({"table": "*i32"}, {"cu_seqlens": None}),
+        ]
+        for out in OUTPUTS
+    ]
     for report in compile_for_sm90(cases):
-        report.check(max_registers=64)
-        assert "ld.global.v4" in report.ptx
+        report.check(max_registers=96)
+        assert "ld.global" in report.ptx and ".v4" in report.ptx
+        # Contracted products would change quantised bytes.
+        assert "fma." not in report.ptx

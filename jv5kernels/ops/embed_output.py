@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jv5kernels.ops.checks import FLOAT_DTYPES, REFERENCE_DTYPES, check_cu_seqlens, check_tensor
+from jv5kernels.ops.checks import REFERENCE_DTYPES, check_cu_seqlens, check_tensor
 from jv5kernels.ops.pool import (
     POOLING_MODES,
     check_native_status,
@@ -18,9 +18,10 @@ from jv5kernels.ops.pool import (
     check_spans,
     cpp_unsupported,
     native_ranges,
-    partial_sums,
     pooled_ranges,
+    run_triton,
     spans_on_host,
+    triton_unsupported,
 )
 from jv5kernels.ops.quantize import (
     BINARY_PRECISIONS,
@@ -32,7 +33,6 @@ from jv5kernels.ops.quantize import (
 from jv5kernels.ops.registry import (
     Implementation,
     Operator,
-    Reason,
     cpp_unavailable,
     triton_unavailable,
 )
@@ -194,8 +194,10 @@ def _embed_output_cpp(
     spans = None if spans is None else spans_on_host(spans, hidden.shape[0])
     address, rows, step = native_ranges(cu_seqlens, spans)
     weight = None if norm_weight is None else norm_weight.float().contiguous()
-    out = torch.empty((rows, dim), dtype=torch.float32)
-    flags = torch.empty(rows, dtype=torch.uint8)
+    ranges = None if ranges is None else ranges.contiguous()
+    # Halves are cast from float32 rows.
+    stored = "float32" if precision in FLOAT_PRECISIONS else precision
+    out, flags = _empty_outputs(hidden, rows, stored, dim)
     status = _C.embed_output_float32(
         hidden.data_ptr(),
         hidden.shape[0],
@@ -209,26 +211,24 @@ def _embed_output_cpp(
         eps,
         dim,
         normalize,
+        _stored_kind(precision),
+        0 if ranges is None else ranges.data_ptr(),
+        0x80 if precision in ("int8", "binary") else 0,
         out.data_ptr(),
         flags.data_ptr(),
         torch.get_num_threads(),
     )
     check_native_status(status)
-    return _finished(out, flags, precision, ranges)
-
-
-def _finished(
-    out: Tensor, flags: Tensor, precision: str, ranges: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if precision in BINARY_PRECISIONS:
-        return quantize_binary(out, precision), flags
-    if ranges is not None:
-        return quantize_int8(out, ranges, precision), flags
-    if precision != "float32":
+    if stored != precision:
         out = out.to(getattr(torch, precision))
         # The cast overflows where a row is not normalised.
         flags |= (~out.isfinite().all(-1)).to(torch.uint8)
     return out, flags
+
+
+def _stored_kind(precision: str) -> int:
+    """What a row holds, as jv5kernels._C numbers it: floats, a byte a column, a bit a column."""
+    return 1 if precision in INT8_PRECISIONS else 2 if precision in BINARY_PRECISIONS else 0
 
 
 def _embed_output_triton(
@@ -243,30 +243,19 @@ def _embed_output_triton(
     precision: str,
     ranges: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    from jv5kernels.kernels.embed_output import launch_embed_output
-    from jv5kernels.kernels.pool import launch_pool_mean
+    from jv5kernels.kernels.embed_output import Target
 
-    sequences = cu_seqlens.shape[0] - 1
-    out = torch.empty((sequences, dim), dtype=torch.float32, device=hidden.device)
-    flags = torch.empty(sequences, dtype=torch.uint8, device=hidden.device)
-    if mode == "mean":
-        shape = (sequences, hidden.shape[1])
-        means = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-        partials = partial_sums(hidden, cu_seqlens)
-        launch_pool_mean(hidden, cu_seqlens, norm_weight, eps, partials, means)
-        hidden, norm_weight = means, None
-    launch_embed_output(hidden, cu_seqlens, mode, norm_weight, eps, normalize, out, flags)
-    return _finished(out, flags, precision, ranges)
+    rows = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
+    out, flags = _empty_outputs(hidden, rows, precision, dim)
+    target = Target(out, flags, dim, normalize, ranges)
+    run_triton(hidden, cu_seqlens, mode, spans, norm_weight, eps, target)
+    return out, flags
 
 
-def _triton_unsupported(
-    hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: Tensor | None, *_: object
-) -> Reason:
-    if spans is not None:
-        return "the kernel takes no spans"
-    if hidden.dtype not in FLOAT_DTYPES:
-        return f"the kernel takes float32, float16 and bfloat16, not {hidden.dtype}"
-    return None
+def _empty_outputs(hidden: Tensor, rows: int, precision: str, dim: int) -> tuple[Tensor, Tensor]:
+    width, dtype = output_layout(precision, dim)
+    out = torch.empty((rows, width), dtype=dtype, device=hidden.device)
+    return out, torch.empty(rows, dtype=torch.uint8, device=hidden.device)
 
 
 def _fake(
@@ -283,9 +272,7 @@ def _fake(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     rows = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
-    width, dtype = output_layout(precision, dim)
-    values = hidden.new_empty((rows, width), dtype=dtype)
-    return values, hidden.new_empty((rows,), dtype=torch.uint8)
+    return _empty_outputs(hidden, rows, precision, dim)
 
 
 _embed_output = Operator(
@@ -295,7 +282,7 @@ _embed_output = Operator(
         "int dim, bool normalize, str precision, Tensor? ranges, str impl) -> (Tensor, Tensor)"
     ),
     implementations={
-        "triton": Implementation(_embed_output_triton, triton_unavailable, _triton_unsupported),
+        "triton": Implementation(_embed_output_triton, triton_unavailable, triton_unsupported),
         "cpp": Implementation(_embed_output_cpp, cpp_unavailable, cpp_unsupported),
         "torch": Implementation(_embed_output_torch),
     },

@@ -6,6 +6,8 @@ the chunks are added in a fixed order. So the bits of a sequence's mean do not d
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,9 @@ from jv5kernels.ops.registry import (
     cpp_unavailable,
     triton_unavailable,
 )
+
+if TYPE_CHECKING:
+    from jv5kernels.kernels.embed_output import Target
 
 POOLING_MODES = ("lasttoken", "mean", "cls")
 
@@ -117,25 +122,71 @@ def _pool_torch(hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: Tensor | N
 
 
 def _pool_triton(hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: Tensor | None) -> Tensor:
-    from jv5kernels.kernels.pool import launch_pool_mean, launch_pool_spans, launch_pool_token
+    from jv5kernels.kernels.embed_output import Target
 
-    rows = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
-    out = torch.empty((rows, hidden.shape[1]), dtype=torch.float32, device=hidden.device)
-    if spans is not None and mode == "mean":
-        launch_pool_spans(hidden, spans_on_host(spans, hidden.shape[0]).to(hidden.device), out)
-    elif mode == "mean":
-        launch_pool_mean(hidden, cu_seqlens, None, 0.0, partial_sums(hidden, cu_seqlens), out)
-    else:
-        launch_pool_token(hidden, cu_seqlens, mode == "lasttoken", out)
+    rows, width = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0], hidden.shape[1]
+    out = torch.empty((rows, width), dtype=torch.float32, device=hidden.device)
+    flags = torch.empty(rows, dtype=torch.uint8, device=hidden.device)
+    target = Target(out, flags, width, normalize=False, ranges=None)
+    run_triton(hidden, cu_seqlens, mode, spans, None, 0.0, target)
     return out
 
 
-def partial_sums(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Uninitialised room for the sums of all chunks, for launch_pool_mean."""
-    from jv5kernels.kernels.pool import number_of_chunks
+def run_triton(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    mode: str,
+    spans: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    target: Target,
+) -> None:
+    """Fills a target of kernels/embed_output.py: one launch for a token a row, two for means."""
+    from jv5kernels.kernels.embed_output import launch_means, launch_tokens
+    from jv5kernels.kernels.pool import launch_chunk_sums, number_of_chunks
 
-    chunks = number_of_chunks(hidden.shape[0], cu_seqlens.shape[0] - 1)
-    return torch.empty((chunks, hidden.shape[1]), dtype=torch.float32, device=hidden.device)
+    total_tokens, width = hidden.shape
+    device, rows = hidden.device, target.out.shape[0]
+    if spans is not None:
+        spans = spans_on_host(spans, total_tokens)
+    if mode != "mean":
+        bounds = cu_seqlens if spans is None else spans.to(device).contiguous()
+        launch_tokens(hidden, bounds, mode == "lasttoken", norm_weight, eps, target)
+        return
+    if spans is None:
+        offsets, chunk_table, row_table = cu_seqlens, None, None
+        chunks = number_of_chunks(total_tokens, rows)
+        arrivals = torch.empty(rows, dtype=torch.int32, device=device)
+    else:
+        offsets = None
+        chunk_table, row_table, arrivals = span_tables(spans, device)
+        chunks = chunk_table.shape[0]
+    partials = torch.empty((chunks, width), dtype=torch.float32, device=device)
+    has_norm = norm_weight is not None
+    launch_chunk_sums(hidden, offsets, chunk_table, has_norm, eps, partials, arrivals)
+    launch_means(partials, offsets, row_table, arrivals, norm_weight, target)
+
+
+def span_tables(spans: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernels of a mean need to know of spans, sent to a device in one copy, int32.
+
+    Returns:
+        (chunks, 2): first and last + 1 token of every chunk; (S, 2): length of every span and the number
+        of its first chunk; (S,): zeros.
+    """
+    from jv5kernels.kernels.pool import CHUNK
+
+    starts, ends = spans.long().unbind(1)
+    lengths = ends - starts
+    counts = (lengths + CHUNK - 1) // CHUNK
+    firsts = counts.cumsum(0) - counts
+    span_of = torch.repeat_interleave(counts)
+    begins = starts[span_of] + CHUNK * (torch.arange(len(span_of)) - firsts[span_of])
+    chunks = torch.stack([begins, torch.minimum(begins + CHUNK, ends[span_of])], 1)
+    parts = (chunks, torch.stack([lengths, firsts], 1), torch.zeros_like(lengths))
+    together = torch.cat([part.flatten() for part in parts]).int().to(device)
+    chunk_table, row_table, zeros = together.split([part.numel() for part in parts])
+    return chunk_table.view(-1, 2), row_table.view(-1, 2), zeros
 
 
 def _pool_cpp(hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: Tensor | None) -> Tensor:
@@ -184,7 +235,8 @@ def cpp_unsupported(hidden: Tensor, *_: object) -> Reason:
     return None
 
 
-def _triton_unsupported(hidden: Tensor, *_: object) -> Reason:
+def triton_unsupported(hidden: Tensor, *_: object) -> Reason:
+    """Why the Triton kernels cannot take `hidden`, or None."""
     if hidden.dtype not in FLOAT_DTYPES:
         return f"the kernel takes float32, float16 and bfloat16, not {hidden.dtype}"
     return None
@@ -200,7 +252,7 @@ _pool = Operator(
     name="pool",
     schema="(Tensor hidden, Tensor cu_seqlens, str mode, Tensor? spans, str impl) -> Tensor",
     implementations={
-        "triton": Implementation(_pool_triton, triton_unavailable, _triton_unsupported),
+        "triton": Implementation(_pool_triton, triton_unavailable, triton_unsupported),
         "cpp": Implementation(_pool_cpp, cpp_unavailable, cpp_unsupported),
         "torch": Implementation(_pool_torch),
     },
