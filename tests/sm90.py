@@ -32,6 +32,7 @@ class Case:
     constants: dict[str, object]
     num_warps: int = 4
     num_stages: int = 3
+    enable_fp_fusion: bool = True
     divisible: tuple[str, ...] = ()  # scalar arguments known to be multiples of 16
     descriptors: dict[str, list[int]] = field(default_factory=dict)
 
@@ -106,7 +107,11 @@ def _compile(case: Case) -> Report:
             for n in pointers | set(case.divisible)
         },
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.enable_fp_fusion,
+    }
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return Report(
         shared=compiled.metadata.shared,

@@ -17,6 +17,7 @@ from native import (
     levels,
     torch_threads,
 )
+from sentence_transformers.util import quantize_embeddings
 from sm90 import Case, compile_for_sm90
 
 from jv5kernels.ops import embed_output
@@ -82,10 +83,96 @@ def test_matches_float64(mode, has_norm, dtype, impl, place, poisoned_memory):
 def test_output_dtypes(dtype, impl, place, poisoned_memory):
     hidden = draw((9, WIDTH), device=place)
     out, flags = embed_output(
-        hidden, ragged([4, 5], place), mode="lasttoken", dtype=dtype, impl=impl
+        hidden, ragged([4, 5], place), mode="lasttoken", precision=str(dtype)[6:], impl=impl
     )
     assert out.dtype == dtype and not flags.any()
     assert_near(out, reference(hidden, [4, 5], "lasttoken"), dtype)
+
+
+def quantised_by_them(embeddings, precision, ranges):
+    """The bytes of Sentence Transformers for given float32 embeddings."""
+    theirs = quantize_embeddings(
+        embeddings.cpu(), precision, ranges=None if ranges is None else ranges.cpu().numpy()
+    )
+    return torch.from_numpy(theirs)
+
+
+def ranges_for(embeddings):
+    """Ranges narrower than the data, so that codes saturate, with one constant dimension."""
+    ranges = torch.stack([embeddings.quantile(0.2, dim=0), embeddings.quantile(0.8, dim=0)])
+    ranges[1, -1] = ranges[0, -1]
+    return ranges
+
+
+DIMS = [72, 64, 33, 31, 9, 8, 7, 1]
+QUANTISED = ["int8", "uint8", "binary", "ubinary"]
+
+
+@pytest.mark.parametrize(("impl", "place"), RUNS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_bytes_are_those_of_sentence_transformers(mode, normalize, impl, place, poisoned_memory):
+    hidden, cu_seqlens = draw((sum(LENGTHS), WIDTH), device=place), ragged(LENGTHS, place)
+    weight = draw((WIDTH,), device=place, seed=1)
+    options = {"mode": mode, "norm_weight": weight, "normalize": normalize, "impl": impl}
+    for dim in DIMS:
+        options["truncate_dim"] = dim
+        embeddings, _ = embed_output(hidden, cu_seqlens, **options)
+        for precision in QUANTISED:
+            ranges = ranges_for(embeddings) if "int8" in precision else None
+            out, flags = embed_output(
+                hidden, cu_seqlens, precision=precision, ranges=ranges, **options
+            )
+            expected = quantised_by_them(embeddings, precision, ranges)
+            assert out.dtype == expected.dtype and out.is_contiguous()
+            assert torch.equal(out.cpu(), expected) and not flags.any()
+
+
+SPANS = [(40, 110), (0, 3), (0, 475), (7, 7), (474, 475), (0, 3), (475, 475), (3, 340)]
+
+
+@pytest.mark.parametrize(("impl", "place"), RUNS)
+@pytest.mark.parametrize("table_place", ["cpu", "device"])
+@pytest.mark.parametrize("mode", MODES)
+def test_spans_overlap_in_any_order(mode, table_place, impl, place, poisoned_memory):
+    hidden, cu_seqlens = draw((sum(LENGTHS), WIDTH), device=place), ragged(LENGTHS, place)
+    weight = draw((WIDTH,), device=place, seed=1)
+    parent = torch.full((len(SPANS), 4), -1, dtype=torch.int32)
+    parent[:, 1:3] = torch.tensor(SPANS, dtype=torch.int32)
+    parent = parent.to(place if table_place == "device" else "cpu")
+    options = {"mode": mode, "norm_weight": weight, "truncate_dim": 33, "impl": impl}
+    out, flags = embed_output(hidden, cu_seqlens, spans=parent[:, 1:3], **options)
+    assert not flags.any()
+    for row, (start, end) in zip(out, SPANS, strict=True):
+        if start == end:
+            assert not row.any()
+            continue
+        expected = reference(hidden[start:end], [end - start], mode, weight, EPS, 33)
+        assert_near(row[None], expected)
+    assert torch.equal(out[1], out[5])
+    bits, _ = embed_output(hidden, cu_seqlens, spans=parent[:, 1:3], precision="ubinary", **options)
+    assert torch.equal(bits.cpu(), quantised_by_them(out, "ubinary", None))
+
+
+@pytest.mark.parametrize(("impl", "place"), KERNEL_RUNS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_span_has_the_bits_of_a_sequence(mode, impl, place):
+    hidden, cu_seqlens = draw((sum(LENGTHS), WIDTH), device=place), ragged(LENGTHS, place)
+    options = {"mode": mode, "norm_weight": draw((WIDTH,), device=place, seed=1), "impl": impl}
+    expected, _ = embed_output(hidden, cu_seqlens, **options)
+    bounds = cu_seqlens.cpu()
+    spans = torch.stack([bounds[:-1], bounds[1:]], 1).flip(0)
+    out, _ = embed_output(hidden, cu_seqlens, spans=spans, **options)
+    assert torch.equal(out.flip(0), expected)
+
+
+@pytest.mark.parametrize("spans", [[[0, 5]], [[0, 2], [3, 1]], [[-1, 2]]])
+@pytest.mark.parametrize(("impl", "place"), RUNS)
+def test_spans_outside_the_tokens_are_refused(impl, place, spans):
+    hidden, cu_seqlens = torch.ones(4, 8, device=place), ragged([4], place)
+    table = torch.tensor(spans, dtype=torch.int32)
+    with pytest.raises(ValueError, match=rf"spans\[{len(spans) - 1}\] is .*0 <= start <= end <= 4"):
+        embed_output(hidden, cu_seqlens, mode="mean", spans=table, impl=impl)
 
 
 @pytest.mark.gpu
@@ -145,7 +232,7 @@ def test_flags_see_overflow(mode, impl, place):
     hidden = torch.tensor([[1e5, 1.0], [1.0, 1.0], [1e30, 1e30]], device=place)
     cu_seqlens = ragged([1, 1, 1], place)
     options = {"mode": mode, "impl": impl}
-    half = embed_output(hidden, cu_seqlens, normalize=False, dtype=torch.float16, **options)
+    half = embed_output(hidden, cu_seqlens, normalize=False, precision="float16", **options)
     assert half[1].tolist() == [1, 0, 1]
     assert embed_output(hidden, cu_seqlens, normalize=False, **options)[1].tolist() == [0, 0, 0]
     # The square of 1e30 is no float32, so neither is the length.
@@ -240,10 +327,14 @@ def test_threads_do_not_change_a_bit(mode, level):
 @pytest.mark.parametrize("mode", MODES)
 def test_opcheck(mode, impl, place):
     hidden, weight = draw((9, 16), device=place), draw((16,), device=place, seed=1)
+    ranges = torch.tensor([[-1.0] * 16, [1.0] * 16], device=place)
+    spans = torch.tensor([[0, 3], [2, 9], [4, 4]], dtype=torch.int32)
     op = torch.ops.jv5kernels.embed_output.default
     for arguments in (
-        (weight, EPS, 16, True, torch.float32),
-        (None, 0.0, 5, False, torch.bfloat16),
+        (None, weight, EPS, 16, True, "float32", None),
+        (None, None, 0.0, 5, False, "bfloat16", None),
+        (spans, weight, EPS, 16, True, "int8", ranges),
+        (spans, weight, EPS, 9, True, "ubinary", None),
     ):
         torch.library.opcheck(op, (hidden, ragged([4, 5], place), mode, *arguments, impl))
 
@@ -264,10 +355,19 @@ def test_errors_name_the_argument():
     for dim in (0, 9, -1):
         with pytest.raises(ValueError, match=f"truncate_dim must lie in 1 to 8, not be {dim}"):
             embed_output(hidden, cu_seqlens, mode="mean", truncate_dim=dim)
-    with pytest.raises(
-        TypeError, match="dtype must be one of float32, float16, bfloat16, not int8"
-    ):
-        embed_output(hidden, cu_seqlens, mode="mean", dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"precision='int4' is unknown: choose one of \['float32'"):
+        embed_output(hidden, cu_seqlens, mode="mean", precision="int4")
+    with pytest.raises(ValueError, match=r"precision='int8' needs ranges, shape \(2, 5\)"):
+        embed_output(hidden, cu_seqlens, mode="mean", truncate_dim=5, precision="int8")
+    ranges = torch.ones(2, 8)
+    with pytest.raises(ValueError, match=r"ranges must have shape \(2, 5\), not \(2, 8\)"):
+        embed_output(
+            hidden, cu_seqlens, mode="mean", truncate_dim=5, precision="int8", ranges=ranges
+        )
+    with pytest.raises(ValueError, match="precision='binary' takes no ranges"):
+        embed_output(hidden, cu_seqlens, mode="mean", precision="binary", ranges=ranges)
+    with pytest.raises(TypeError, match="spans has dtype int64"):
+        embed_output(hidden, cu_seqlens, mode="mean", spans=torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"norm_weight must have shape \(8\), not \(7,\)"):
         embed_output(hidden, cu_seqlens, mode="mean", norm_weight=torch.ones(7))
     with pytest.raises(ValueError, match="triton: the kernel takes float32"):
@@ -282,28 +382,59 @@ def test_the_cpp_kernel_refuses_ranges_outside(impl, place):
         embed_output(torch.ones(4, 8), ragged([5]), mode="mean", impl=impl)
 
 
+# Constants of a kernel's output: floats, a byte a column, a bit a column.
+OUTPUTS = {
+    "*fp32": {"DIM": 1024, "WIDTH": 1024, "KIND": 0, "FLIP": 0, "ranges": None},
+    "*bf16": {"DIM": 256, "WIDTH": 256, "KIND": 0, "FLIP": 0, "ranges": None},
+    "*i8": {"DIM": 1000, "WIDTH": 1000, "KIND": 1, "FLIP": 0x80},
+    "*u8": {"DIM": 1023, "WIDTH": 128, "KIND": 2, "FLIP": 0, "ranges": None},
+}
+
+
+def case(kernel, signature, out, constants, **options):
+    constants = {"C": 1024, "BC": 1024, "NORMALIZE": True} | OUTPUTS[out] | constants
+    signature = {"flags": "*u8", "stride_rr": "i32", "out": out, **signature}
+    if "ranges" not in constants:
+        signature["ranges"] = "*fp32"
+    module = "jv5kernels.kernels.embed_output"
+    return Case(module, kernel, signature, constants, enable_fp_fusion=False, **options)
+
+
 def test_compiles_for_sm90():
-    pointers = {"cu_seqlens": "*i32", "flags": "*u8"}
-    scalars = {"stride_ht": "i32", "eps": "fp32"}
+    token = {"bounds": "*i32", "stride_ht": "i32", "eps": "fp32"}
+    mean = {"partials": "*fp32", "arrivals": "*i32"}
+    tile = {"CHUNK": 64, "FEW_CHUNKS": 16, "BN": 256, "BS": 32}
     cases = [
-        Case(
-            "jv5kernels.kernels.embed_output",
-            "embed_output_kernel",
-            pointers
-            | {"hidden": hidden, "out": out}
-            | scalars
-            | ({"weight": "*bf16"} if norm else {}),
-            {"C": C, "DIM": dim, "BC": 1024, "ROW": row, "HAS_NORM": norm, "NORMALIZE": normalize}
-            | ({} if norm else {"weight": None}),
+        case(
+            "token_kernel",
+            token | {"hidden": hidden} | weight,
+            out,
+            {"STEP": step, "IS_LAST": step == 1} | ({} if weight else {"weight": None}),
             divisible=("stride_ht",),
         )
-        for hidden, C, dim, row, out, norm, normalize in [
-            ("*bf16", 1024, 1024, 0, "*fp32", True, True),
-            ("*bf16", 768, 256, 1, "*bf16", True, False),
-            ("*fp32", 1024, 31, 2, "*fp16", False, True),
-            ("*fp32", 1024, 1024, 2, "*fp32", False, False),
+        for hidden, weight, step, out in [
+            ("*fp32", {"weight": "*bf16"}, 1, "*u8"),
+            ("*bf16", {"weight": "*bf16"}, 2, "*i8"),
+            ("*fp32", {}, 1, "*fp32"),
+            ("*fp32", {"weight": "*fp32"}, 1, "*bf16"),
         ]
     ]
+    cases += [
+        case(
+            "mean_kernel",
+            mean | {"weight": "*bf16"} | source,
+            out,
+            tile | absent,
+            num_warps=8,
+        )
+        for source, absent in [
+            ({"cu_seqlens": "*i32"}, {"table": None}),
+            ({"table": "*i32"}, {"cu_seqlens": None}),
+        ]
+        for out in OUTPUTS
+    ]
     for report in compile_for_sm90(cases):
-        report.check(max_registers=64)
-        assert "ld.global.v4" in report.ptx
+        report.check(max_registers=96)
+        assert "ld.global" in report.ptx and ".v4" in report.ptx
+        # Contracted products would change quantised bytes.
+        assert "fma." not in report.ptx

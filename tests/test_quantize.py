@@ -12,9 +12,6 @@ from sentence_transformers.util import quantize_embeddings
 
 from jv5kernels.ops import quantize_binary, quantize_int8
 
-# quantize has no Triton kernel of its own: on CUDA it is an epilogue of embed_output, or torch.
-RUNS = [run for run in RUNS if run.values[0] != "triton"]
-CPU_RUNS = [run for run in CPU_RUNS if run.values[0] != "triton"]
 DIMS = [32, 64, 128, 256, 512, 768, 1024, 1, 7, 9, 31, 33, 100, 1023]
 INT8 = ["int8", "uint8"]
 BINARY = ["ubinary", "binary"]
@@ -197,8 +194,10 @@ def test_errors_name_the_argument():
         quantize_binary(x, "int8")
     with pytest.raises(ValueError, match=r"ranges must have shape \(2, 8\), not \(2, 7\)"):
         quantize_int8(x, torch.ones(2, 7))
-    with pytest.raises(ValueError, match="impl='triton' is no implementation of quantize_binary"):
-        quantize_binary(x, impl="triton")
+    with pytest.raises(ValueError, match="impl='sdpa' is no implementation of quantize_binary"):
+        quantize_binary(x, impl="sdpa")
+    with pytest.raises(ValueError, match="triton: the kernel takes float32, float16 and bfloat16"):
+        quantize_binary(x.double(), impl="triton")
     with pytest.raises(ValueError, match="takes float32, not torch.float64"):
         quantize_binary(x.double(), impl="cpp")
     with pytest.raises(ValueError, match="computes no gradients"):
