@@ -288,7 +288,8 @@ def launch_means(
     if B == 0:
         return
     shares = 1
-    if partials.shape[0] > FEW_CHUNKS:
+    # Short of that many chunks beyond one a row, no row has more than FEW_CHUNKS (empty spans aside).
+    if partials.shape[0] - B >= FEW_CHUNKS:
         blocks = triton.cdiv(partials.shape[1], SHARED_COLUMNS)
         shares = min(blocks, max(LEAST_SHARES, SHARED_PROGRAMS // B))
     mean_kernel[(B, shares)](
