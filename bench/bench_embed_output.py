@@ -1,6 +1,7 @@
 """The output stage: hidden states to embeddings and to bytes.
 
 python bench/bench_embed_output.py
+python bench/bench_embed_output.py --sweep    milliseconds of a mean for candidate launch configurations
 
 On CUDA, kernels are replayed from a graph with a cold L2 cache, so that only the device is timed, and
 held against a copy that moves as many bytes, or against a kernel that does nothing. From hidden states
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -269,6 +271,28 @@ def run_on_cuda() -> None:
     print(write_records(NAME, records))
 
 
+def sweep() -> None:
+    """Prints what a mean takes for sizes of chunks and numbers of values that a lane loads at once."""
+    from jv5kernels.kernels import embed_output as second
+    from jv5kernels.kernels import pool as first
+
+    shapes = [(64, 512), (182, 180), (1, 32768)]
+    for dtype in (torch.float32, torch.bfloat16):
+        problems = [Problem(*shape, dtype, "cuda") for shape in shapes]
+        expected = [problem.expected("mean") for problem in problems]
+        for chunk, lane_values in product((32, 64, 128), (32, 64, 128)):
+            first.CHUNK = second.CHUNK = chunk
+            first.LANE_VALUES = lane_values
+            calls = {}
+            for problem, embeddings in zip(problems, expected, strict=True):
+                error = relative_error(problem.ours("mean"), embeddings)
+                assert error <= 1e-6, f"{problem.name}: relative error {error:.1e}"
+                calls[problem.name] = replayed(lambda p=problem: p.ours("mean", "ubinary"))
+            timings = time_interleaved(calls)
+            line = "  ".join(f"{name} {timing.p50:.4f}" for name, timing in timings.items())
+            print(f"chunk {chunk:3} lane values {lane_values:3}  {line}", flush=True)
+
+
 def works(device: str) -> list[Work]:
     """CPU: means and last tokens to bits, against the peers' modules."""
     return [
@@ -298,7 +322,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=f"Benchmark of {NAME}")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
-    if parser.parse_args().device == "cuda":
+    parser.add_argument("--sweep", action="store_true", help="candidate configurations; CUDA")
+    arguments = parser.parse_args()
+    if arguments.sweep:
+        sweep()
+    elif arguments.device == "cuda":
         run_on_cuda()
     else:
         import pytest
