@@ -146,7 +146,24 @@ def search_table() -> str:
     return "\n".join(rows) + source(found)
 
 
+def output_table() -> str:
+    """The output stage and quantisation against their ceilings and peers."""
+    names = ("embed_output", "embed_output-cpu", "quantize", "quantize-cpu")
+    everything = [r for name in names for r in records(name)]
+    found = [r for r in everything if r["metric"] == "ms" and r["impl"] != r["peer"]]
+    rows = ["| work | jv5kernels | against | | ratio |", "|---|---|---|---|---|"]
+    for r in found:
+        mine, theirs = (milliseconds(r[key]) for key in ("value", "peer_value"))
+        rows.append(f"| {r['work']} | {mine} | {r['peer']} | {theirs} | **{r['ratio']:.2f}x** |")
+    return "\n".join(rows) + source(found)
+
+
+def milliseconds(value: float) -> str:
+    return f"{number(value)} ms" if value >= 0.1 else f"{number(1e3 * value)} µs"
+
+
 TABLES = {
+    "output": output_table,
     "speed": speed_table,
     "latency": latency_table,
     "parity": parity_table,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ragged
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,40 +16,10 @@ from native import (
     levels,
     torch_threads,
 )
-from sentence_transformers.util import quantize_embeddings
+from output_reference import EPS, LENGTHS, MODES, TOLERANCE, WIDTH, assert_near, draw, reference
 from sm90 import Case, compile_for_sm90
 
 from jv5kernels.ops import embed_output
-
-MODES = ["lasttoken", "mean", "cls"]
-LENGTHS = [1, 2, 63, 64, 65, 300]
-WIDTH = 72
-EPS = 1e-6
-# ‖error‖ / ‖reference‖: fp32 arithmetic, then one rounding to the output's dtype (a truncation under
-# Triton's interpreter).
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-def draw(shape: tuple[int, ...], dtype=torch.float32, device="cpu", seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype).to(device)
-
-
-def reference(hidden, lengths, mode, weight=None, eps=EPS, dim=None, normalize=True):
-    """The definition, one sequence at a time, in float64."""
-    rows = []
-    for tokens in hidden.double().split(lengths):
-        if weight is not None:
-            tokens = tokens / (tokens.square().mean(-1, keepdim=True) + eps).sqrt()
-            tokens = tokens * weight.double()
-        rows.append({"lasttoken": tokens[-1], "cls": tokens[0], "mean": tokens.mean(0)}[mode])
-    out = torch.stack(rows)[:, :dim]
-    return F.normalize(out, dim=-1) if normalize else out
-
-
-def assert_near(out, expected, dtype=torch.float32):
-    errors = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert errors.max() <= TOLERANCE[dtype], f"relative errors {errors.tolist()}"
 
 
 @pytest.mark.parametrize(("impl", "place"), RUNS)
@@ -89,92 +58,6 @@ def test_output_dtypes(dtype, impl, place, poisoned_memory):
     assert_near(out, reference(hidden, [4, 5], "lasttoken"), dtype)
 
 
-def quantised_by_them(embeddings, precision, ranges):
-    """The bytes of Sentence Transformers for given float32 embeddings."""
-    theirs = quantize_embeddings(
-        embeddings.cpu(), precision, ranges=None if ranges is None else ranges.cpu().numpy()
-    )
-    return torch.from_numpy(theirs)
-
-
-def ranges_for(embeddings):
-    """Ranges narrower than the data, so that codes saturate, with one constant dimension."""
-    ranges = torch.stack([embeddings.quantile(0.2, dim=0), embeddings.quantile(0.8, dim=0)])
-    ranges[1, -1] = ranges[0, -1]
-    return ranges
-
-
-DIMS = [72, 64, 33, 31, 9, 8, 7, 1]
-QUANTISED = ["int8", "uint8", "binary", "ubinary"]
-
-
-@pytest.mark.parametrize(("impl", "place"), RUNS)
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("mode", MODES)
-def test_bytes_are_those_of_sentence_transformers(mode, normalize, impl, place, poisoned_memory):
-    hidden, cu_seqlens = draw((sum(LENGTHS), WIDTH), device=place), ragged(LENGTHS, place)
-    weight = draw((WIDTH,), device=place, seed=1)
-    options = {"mode": mode, "norm_weight": weight, "normalize": normalize, "impl": impl}
-    for dim in DIMS:
-        options["truncate_dim"] = dim
-        embeddings, _ = embed_output(hidden, cu_seqlens, **options)
-        for precision in QUANTISED:
-            ranges = ranges_for(embeddings) if "int8" in precision else None
-            out, flags = embed_output(
-                hidden, cu_seqlens, precision=precision, ranges=ranges, **options
-            )
-            expected = quantised_by_them(embeddings, precision, ranges)
-            assert out.dtype == expected.dtype and out.is_contiguous()
-            assert torch.equal(out.cpu(), expected) and not flags.any()
-
-
-SPANS = [(40, 110), (0, 3), (0, 475), (7, 7), (474, 475), (0, 3), (475, 475), (3, 340)]
-
-
-@pytest.mark.parametrize(("impl", "place"), RUNS)
-@pytest.mark.parametrize("table_place", ["cpu", "device"])
-@pytest.mark.parametrize("mode", MODES)
-def test_spans_overlap_in_any_order(mode, table_place, impl, place, poisoned_memory):
-    hidden, cu_seqlens = draw((sum(LENGTHS), WIDTH), device=place), ragged(LENGTHS, place)
-    weight = draw((WIDTH,), device=place, seed=1)
-    parent = torch.full((len(SPANS), 4), -1, dtype=torch.int32)
-    parent[:, 1:3] = torch.tensor(SPANS, dtype=torch.int32)
-    parent = parent.to(place if table_place == "device" else "cpu")
-    options = {"mode": mode, "norm_weight": weight, "truncate_dim": 33, "impl": impl}
-    out, flags = embed_output(hidden, cu_seqlens, spans=parent[:, 1:3], **options)
-    assert not flags.any()
-    for row, (start, end) in zip(out, SPANS, strict=True):
-        if start == end:
-            assert not row.any()
-            continue
-        expected = reference(hidden[start:end], [end - start], mode, weight, EPS, 33)
-        assert_near(row[None], expected)
-    assert torch.equal(out[1], out[5])
-    bits, _ = embed_output(hidden, cu_seqlens, spans=parent[:, 1:3], precision="ubinary", **options)
-    assert torch.equal(bits.cpu(), quantised_by_them(out, "ubinary", None))
-
-
-@pytest.mark.parametrize(("impl", "place"), KERNEL_RUNS)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_span_has_the_bits_of_a_sequence(mode, impl, place):
-    hidden, cu_seqlens = draw((sum(LENGTHS), WIDTH), device=place), ragged(LENGTHS, place)
-    options = {"mode": mode, "norm_weight": draw((WIDTH,), device=place, seed=1), "impl": impl}
-    expected, _ = embed_output(hidden, cu_seqlens, **options)
-    bounds = cu_seqlens.cpu()
-    spans = torch.stack([bounds[:-1], bounds[1:]], 1).flip(0)
-    out, _ = embed_output(hidden, cu_seqlens, spans=spans, **options)
-    assert torch.equal(out.flip(0), expected)
-
-
-@pytest.mark.parametrize("spans", [[[0, 5]], [[0, 2], [3, 1]], [[-1, 2]]])
-@pytest.mark.parametrize(("impl", "place"), RUNS)
-def test_spans_outside_the_tokens_are_refused(impl, place, spans):
-    hidden, cu_seqlens = torch.ones(4, 8, device=place), ragged([4], place)
-    table = torch.tensor(spans, dtype=torch.int32)
-    with pytest.raises(ValueError, match=rf"spans\[{len(spans) - 1}\] is .*0 <= start <= end <= 4"):
-        embed_output(hidden, cu_seqlens, mode="mean", spans=table, impl=impl)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("lengths", [[32768], [512] * 64, [1, 8191, 63, 20000, 4513]])
@@ -204,8 +87,12 @@ def test_strided_rows_and_margins(mode, impl, place, monkeypatch):
     expected, _ = embed_output(hidden.contiguous(), cu_seqlens, **options)
     strided, _ = embed_output(hidden, cu_seqlens, **options)
     torch.testing.assert_close(strided, expected, rtol=0, atol=1e-6)
+    ranges = torch.zeros(2, 40, device=place)[:, 3:36]
     with guarded_outputs(monkeypatch):
         embed_output(hidden, cu_seqlens, **options)
+        embed_output(hidden, cu_seqlens, precision="binary", **options)
+        codes, _ = embed_output(hidden, cu_seqlens, precision="uint8", ranges=ranges, **options)
+    assert torch.equal(codes.cpu(), expected.floor().clamp(0, 255).byte().cpu())
 
 
 @pytest.mark.parametrize(("impl", "place"), RUNS)
@@ -427,11 +314,11 @@ def test_compiles_for_sm90():
             tile | absent,
             num_warps=8,
         )
-        for source, absent in [
-            ({"cu_seqlens": "*i32"}, {"table": None}),
-            ({"table": "*i32"}, {"cu_seqlens": None}),
+        for source, absent, out in [
+            ({"cu_seqlens": "*i32"}, {"table": None}, "*fp32"),
+            ({"cu_seqlens": "*i32"}, {"table": None}, "*u8"),
+            ({"table": "*i32"}, {"cu_seqlens": None}, "*i8"),
         ]
-        for out in OUTPUTS
     ]
     for report in compile_for_sm90(cases):
         report.check(max_registers=96)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from native import CPU_RUNS, RUNS, dispatch_level, guarded_outputs, levels, torch_threads
 from sentence_transformers.util import quantize_embeddings
+from sm90 import Case, compile_for_sm90
 
 from jv5kernels.ops import quantize_binary, quantize_int8
 
@@ -202,3 +203,24 @@ def test_errors_name_the_argument():
         quantize_binary(x.double(), impl="cpp")
     with pytest.raises(ValueError, match="computes no gradients"):
         quantize_binary(x.requires_grad_())
+
+
+def test_compiles_for_sm90():
+    signature = {"x": "*fp32", "stride_xb": "i32", "stride_rr": "i32", "B": "i32"}
+    common = {"DIM": 1024, "BC": 1024, "ROWS": 8}
+    codes = {"WIDTH": 1024, "KIND": 1, "FLIP": 0x80}
+    bits = {"WIDTH": 128, "KIND": 2, "FLIP": 0, "ranges": None}
+    cases = [
+        Case(
+            "jv5kernels.kernels.quantize",
+            "quantize_kernel",
+            signature | types,
+            common | constants,
+            enable_fp_fusion=False,
+            divisible=("stride_xb",),
+        )
+        for types, constants in [({"out": "*i8", "ranges": "*fp32"}, codes), ({"out": "*u8"}, bits)]
+    ]
+    for report in compile_for_sm90(cases):
+        report.check(max_registers=128)
+        assert "ld.global.v4" in report.ptx and "fma." not in report.ptx

@@ -40,8 +40,8 @@ MEAN_WARPS = 8
 FEW_CHUNKS = 16
 # Tile of the programs that share a row: chunks, columns.
 SHARED_CHUNKS, SHARED_COLUMNS = 256, 32
-# Programs of the second launch that are worth starting for the sake of long rows.
-SHARED_PROGRAMS, LEAST_SHARES = 2048, 2
+# Programs that a second launch starts for the sake of long rows: about what runs at a time, and two a row.
+SHARED_PROGRAMS, LEAST_SHARES = 512, 2
 
 
 @triton.jit
@@ -288,7 +288,8 @@ def launch_means(
     if B == 0:
         return
     shares = 1
-    if partials.shape[0] > FEW_CHUNKS:
+    # Short of that many chunks beyond one a row, no row has more than FEW_CHUNKS (empty spans aside).
+    if partials.shape[0] - B >= FEW_CHUNKS:
         blocks = triton.cdiv(partials.shape[1], SHARED_COLUMNS)
         shares = min(blocks, max(LEAST_SHARES, SHARED_PROGRAMS // B))
     mean_kernel[(B, shares)](

@@ -150,7 +150,7 @@ def run_triton(
     if spans is not None:
         spans = spans_on_host(spans, total_tokens)
     if mode != "mean":
-        bounds = cu_seqlens if spans is None else spans.to(device).contiguous()
+        bounds = cu_seqlens if spans is None else _sent(spans, device)
         launch_tokens(hidden, bounds, mode == "lasttoken", norm_weight, eps, target)
         return
     if spans is None:
@@ -165,6 +165,11 @@ def run_triton(
     has_norm = norm_weight is not None
     launch_chunk_sums(hidden, offsets, chunk_table, has_norm, eps, partials, arrivals)
     launch_means(partials, offsets, row_table, arrivals, norm_weight, target)
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for; from pageable memory, so it is taken at once."""
+    return table.clone(memory_format=torch.contiguous_format).to(device, non_blocking=True)
 
 
 def span_tables(spans: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +189,7 @@ def span_tables(spans: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Te
     begins = starts[span_of] + CHUNK * (torch.arange(len(span_of)) - firsts[span_of])
     chunks = torch.stack([begins, torch.minimum(begins + CHUNK, ends[span_of])], 1)
     parts = (chunks, torch.stack([lengths, firsts], 1), torch.zeros_like(lengths))
-    together = torch.cat([part.flatten() for part in parts]).int().to(device)
+    together = _sent(torch.cat([part.flatten() for part in parts]).int(), device)
     chunk_table, row_table, zeros = together.split([part.numel() for part in parts])
     return chunk_table.view(-1, 2), row_table.view(-1, 2), zeros
 
