@@ -210,7 +210,9 @@ def fingerprint(checkpoint: Checkpoint | LiveModel, task: str | None) -> str:
 def _origin(
     encoder: FastEncoder, task: str | None, prompt: str, dim: int, normalize: bool
 ) -> Origin:
-    weights = encoder._fingerprint(task)
+    if task not in encoder._fingerprints:
+        encoder._fingerprints[task] = fingerprint(encoder.checkpoint, task)
+    weights = encoder._fingerprints[task]
     source, revision = str(encoder.checkpoint.source), encoder.checkpoint.revision
     return Origin(source, revision, weights, task, prompt, encoder.pooling, dim, normalize)
 
@@ -280,7 +282,11 @@ def calibrate(
     }
     (adapter,) = tasks_of(task, encoder.task, encoder.tasks, 1)
     prefix = encoder._prefix(prompt_name, prompt)
-    origin = _origin(encoder, adapter, prefix, encoder._dim(truncate_dim), normalize_embeddings)
+    # Imported here, since the arguments of a call may name a calibration.
+    from jv5kernels.call_arguments import dim_of
+
+    dim = dim_of(encoder, truncate_dim)
+    origin = _origin(encoder, adapter, prefix, dim, normalize_embeddings)
     calibrator = Calibrator(origin.dim, histogram=percentile is not None)
     remaining = iter(texts)
     while block := list(islice(remaining, BLOCK_TEXTS[encoder.device.type])):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from jv5kernels.backbone import PackedBackbone
+from jv5kernels.call_arguments import check_length, output_of
 from jv5kernels.output import OutputFormat, embed_batch_spans
 from jv5kernels.packing import PackedBatch, pack
 from jv5kernels.tasks import tasks_of
@@ -121,19 +122,20 @@ def encode_chunks(
     chosen = check_spans(spans)
     (adapter,) = tasks_of(task, self.task, self.tasks, 1)
     prefix = self._prefix(prompt_name, prompt)
-    output = self._output_format(
-        precision,
-        ranges,
-        calibration,
-        profile,
-        normalize_embeddings,
-        truncate_dim,
-        [adapter],
-        prefix,
+    output = output_of(
+        self,
+        tasks=[adapter],
+        prompt=prefix,
+        precision=precision,
+        ranges=ranges,
+        calibration=calibration,
+        profile=profile,
+        normalize=normalize_embeddings,
+        truncate_dim=truncate_dim,
     )
-    limit = self._check_length(
-        "max_length", self.max_seq_length if max_length is None else max_length
-    )
+    limit = self.max_seq_length
+    if max_length is not None:
+        limit = check_length(self, "max_length", max_length)
     located = self._tokenization.locate(prefix + text, max_length=limit)
     tokens, cut = token_rows(located, chosen, len(prefix), unit)
     truncated = located.kept < len(located.starts)

@@ -17,19 +17,14 @@ from torch import Tensor
 
 from jv5kernels.backbone import PackedBackbone
 from jv5kernels.backbones import CheckpointBackbones
-from jv5kernels.calibration import (
-    Calibration,
-    calibrate,
-    calibrated_ranges,
-    fingerprint,
-    open_calibration,
-)
+from jv5kernels.calibration import Calibration, calibrate, open_calibration
+from jv5kernels.call_arguments import check_length, dim_of, limits_of, output_of, with_prompt
 from jv5kernels.checkpoint import Checkpoint, open_checkpoint
 from jv5kernels.chunks import encode_chunks
 from jv5kernels.device import resolve_device, resolve_dtype
-from jv5kernels.graphs import MAX_TOKENS, ShortInputs
+from jv5kernels.graphs import ShortInputs
 from jv5kernels.live.model import LiveModel, open_live
-from jv5kernels.memory import MemoryModel, default_token_budget, memory_model
+from jv5kernels.memory import MemoryModel, memory_model
 from jv5kernels.output import (
     OutputFormat,
     check_dim,
@@ -37,8 +32,6 @@ from jv5kernels.output import (
     check_precision,
     embed_batch,
     embed_batch_tokens,
-    output_format,
-    warn_about_dim,
 )
 from jv5kernels.packing import PackedBatch
 from jv5kernels.pipeline import INLINE_CHARACTERS, Limits, Pipeline, Statistics, progress_bar
@@ -135,8 +128,7 @@ class FastEncoder:
         self.pooling = check_pooling(pooling or self.checkpoint.pooling)
         self.prompts = dict(self.checkpoint.prompts if prompts is None else prompts)
         self.truncate_dim = truncate_dim
-        dim = check_dim(truncate_dim, self.spec.hidden_size)
-        warn_about_dim(dim, self.spec.hidden_size, self.checkpoint.matryoshka_dims)
+        dim = dim_of(self, truncate_dim)
         self.precision = check_precision(precision)
         self.calibration = None if calibration is None else open_calibration(calibration)
         self.profile = profile
@@ -144,7 +136,7 @@ class FastEncoder:
             layout_of(profile, precision, dim)
         self.batch_invariant = batch_invariant
         self.on_overlong = on_overlong
-        self.max_seq_length = self._check_length("max_seq_length", max_seq_length)
+        self.max_seq_length = check_length(self, "max_seq_length", max_seq_length)
         self.token_budget = token_budget
         self.statistics = Statistics()
         self._short = ShortInputs(self.device) if self.device.type == "cuda" else None
@@ -229,7 +221,7 @@ class FastEncoder:
         tasks = tasks_of(task, self.task, self.tasks, len(texts))
         prefix = self._prefix(prompt_name, prompt)
         texts = [prefix + text for text in texts]
-        limits = self._limits(batch_size, max_length, sum(map(len, texts)))
+        limits = limits_of(self, batch_size, max_length, sum(map(len, texts)))
         run = partial(self._run, texts, tasks, limits, show_progress_bar=bool(show_progress_bar))
         if output_value == "token_embeddings":
             tokens: dict[int, Tensor] = {}
@@ -243,16 +235,16 @@ class FastEncoder:
             raise ValueError(
                 f"output_value={output_value!r}: choose 'sentence_embedding' or 'token_embeddings'"
             )
-        adapters = tasks or [task if isinstance(task, str) else self.task]
-        output = self._output_format(
-            precision,
-            ranges,
-            calibration,
-            profile,
-            normalize_embeddings,
-            truncate_dim,
-            adapters,
-            prefix,
+        output = output_of(
+            self,
+            tasks=tasks or [task if isinstance(task, str) else self.task],
+            prompt=prefix,
+            precision=precision,
+            ranges=ranges,
+            calibration=calibration,
+            profile=profile,
+            normalize=normalize_embeddings,
+            truncate_dim=truncate_dim,
         )
         # Ranges of the call itself are taken on the device, so that bytes alone leave it.
         stay = convert_to_tensor or output.over_call
@@ -275,11 +267,12 @@ class FastEncoder:
 
     def encode_query(self, inputs: str | Sequence[str], **options: Any) -> Any:
         """`encode` with the prompt "query", when there is one and no other is asked for."""
-        return self.encode(inputs, **self._with_prompt(("query",), options))
+        return self.encode(inputs, **with_prompt(self.prompts, ("query",), options))
 
     def encode_document(self, inputs: str | Sequence[str], **options: Any) -> Any:
         """`encode` with the prompt "document" (or "passage", "corpus"), when there is one and no other is asked for."""
-        return self.encode(inputs, **self._with_prompt(("document", "passage", "corpus"), options))
+        names = ("document", "passage", "corpus")
+        return self.encode(inputs, **with_prompt(self.prompts, names, options))
 
     def similarity(self, a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> Tensor:
         """Returns cosine similarities, (N, M) float32, of embeddings (N, dim) and (M, dim)."""
@@ -328,96 +321,25 @@ class FastEncoder:
         names = [self.task] if self.task is not None or not self.tasks else list(self.tasks)
         if tasks is not None:
             names = [check_task(task, self.tasks) for task in tasks]
-        output = self._output_format(
-            precision,
-            ranges,
-            calibration,
-            profile,
-            normalize_embeddings,
-            truncate_dim,
-            names,
-            self._prefix(None, None),
+        output = output_of(
+            self,
+            tasks=names,
+            prompt=self._prefix(None, None),
+            precision=precision,
+            ranges=ranges,
+            calibration=calibration,
+            profile=profile,
+            normalize=normalize_embeddings,
+            truncate_dim=truncate_dim,
         )
         backbones = [self._backbones.get(name) for name in names]
-        budget = self._limits(None, None, INLINE_CHARACTERS + 1).token_budget
+        budget = limits_of(self, None, None, INLINE_CHARACTERS + 1).token_budget
         lengths = warm_lengths(min(self.max_seq_length, budget), budget)
         return warm_up(backbones, output, lengths, self._short)
-
-    # Arguments.
-
-    def _check_length(self, name: str, length: int | None) -> int:
-        positions = self.spec.max_position_embeddings
-        if length is None:
-            return min(self.checkpoint.max_seq_length, positions)
-        if not 1 <= length <= positions:
-            raise ValueError(
-                f"{name}={length} is out of range: this model has {positions} positions"
-            )
-        return length
-
-    def _limits(self, batch_size: int | None, max_length: int | None, characters: int) -> Limits:
-        if self.batch_invariant and self.device.type == "cpu":
-            batch_size = 1
-        budget = self.token_budget
-        if budget is None and self._short is not None and characters <= INLINE_CHARACTERS:
-            # Batches that have graphs; asking the device for its free memory would take longer than the run.
-            budget = MAX_TOKENS
-        elif budget is None:
-            budget = default_token_budget(self.memory_model(), self.device)
-        if max_length is None:
-            max_length = self.max_seq_length
-        return Limits(
-            self._check_length("max_length", max_length), budget, batch_size, self.on_overlong
-        )
 
     def _prefix(self, prompt_name: str | None, prompt: str | None) -> str:
         default = self.checkpoint.default_prompt_name
         return resolve_prompt(self.prompts, default, prompt_name, prompt)
-
-    def _output_format(
-        self,
-        precision: str | None,
-        ranges: np.ndarray | Tensor | str | None,
-        calibration: Calibration | str | Path | None,
-        profile: str | None,
-        normalize: bool,
-        truncate_dim: int | None,
-        tasks: Sequence[str | None],
-        prefix: str,
-    ) -> OutputFormat:
-        precision = self.precision if precision is None else check_precision(precision)
-        dim = self._dim(truncate_dim)
-        calibration = self.calibration if calibration is None else calibration
-        if precision in ("int8", "uint8") and ranges is None and calibration is not None:
-            ranges = calibrated_ranges(
-                self, calibration, tasks=tasks, prompt=prefix, dim=dim, normalize=normalize
-            )
-        return output_format(
-            pooling=self.pooling,
-            dim=dim,
-            normalize=normalize,
-            precision=precision,
-            ranges=ranges,
-            profile=self.profile if profile is None else profile,
-            device=self.device,
-        )
-
-    def _dim(self, truncate_dim: int | None) -> int:
-        width = self.spec.hidden_size
-        dim = check_dim(self.truncate_dim if truncate_dim is None else truncate_dim, width)
-        warn_about_dim(dim, width, self.checkpoint.matryoshka_dims)
-        return dim
-
-    def _fingerprint(self, task: str | None) -> str:
-        if task not in self._fingerprints:
-            self._fingerprints[task] = fingerprint(self.checkpoint, task)
-        return self._fingerprints[task]
-
-    def _with_prompt(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
-        name = next((name for name in names if name in self.prompts), None)
-        if name is None or options.get("prompt_name") or options.get("prompt") is not None:
-            return options
-        return {**options, "prompt_name": name}
 
     # Runs.
 

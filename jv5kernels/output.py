@@ -30,6 +30,8 @@ PRECISIONS = {
     "ubinary": torch.uint8,
 }
 POOLINGS = ("lasttoken", "mean", "cls")
+# Rows whose bits are reversed at once.
+REVERSE_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,18 @@ class OutputFormat:
         if self.layout is None:
             return values
         if self.layout.little:
-            reversed_bits = torch.from_numpy(REVERSED).to(values.device)
-            values = reversed_bits[values.long()]
+            values = reversed_bits(values)
         return values.view(getattr(torch, self.layout.dtype))
+
+
+def reversed_bits(values: Tensor) -> Tensor:
+    """The bytes (N, width) uint8 with the bits of each in reverse order, a new tensor."""
+    table = torch.from_numpy(REVERSED).to(values.device)
+    out = torch.empty_like(values)
+    # In parts: an index of the whole would take eight times its bytes.
+    for target, source in zip(out.split(REVERSE_ROWS), values.split(REVERSE_ROWS), strict=True):
+        target.copy_(table[source.long()])
+    return out
 
 
 def check_pooling(pooling: str | None) -> str:

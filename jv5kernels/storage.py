@@ -271,15 +271,21 @@ def _canonical(codes: np.ndarray, layout: Layout, profile: str) -> np.ndarray:
         raise TypeError(f"codes of profile {profile!r} are {layout.dtype}, not {codes.dtype}")
     plain = codes.view(np.uint8)
     if layout.little:
-        plain = REVERSED[plain]
+        plain = _reversed_bits(plain)
     return plain ^ SIGN_BIT if layout.native in ("int8", "binary") else plain
 
 
 def _from_canonical(codes: np.ndarray, layout: Layout) -> np.ndarray:
     if layout.native in ("int8", "binary"):
         codes = codes ^ SIGN_BIT
-    codes = REVERSED[codes] if layout.little else codes.copy()
+    codes = _reversed_bits(codes) if layout.little else codes.copy()
     return codes.view(layout.dtype)
+
+
+def _reversed_bits(codes: np.ndarray) -> np.ndarray:
+    # Indexing REVERSED would make eight bytes of every one; translating makes one.
+    found = bytearray(codes.tobytes()).translate(REVERSED.tobytes())
+    return np.frombuffer(found, np.uint8).reshape(codes.shape)
 
 
 def unpack_bits(codes: np.ndarray, dim: int, *, profile: str) -> np.ndarray:

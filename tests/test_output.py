@@ -222,6 +222,12 @@ def test_a_profile_gives_what_its_layout_says(
         assert np.array_equal(np.asarray(found), expected), precision
 
 
+def test_bits_are_reversed_in_parts(encoder, floats, monkeypatch) -> None:
+    monkeypatch.setattr("jv5kernels.output.REVERSE_ROWS", 7)
+    codes = encoder.encode(TEXTS, precision="binary", profile="milvus")
+    assert np.array_equal(codes, np.packbits(floats > 0, axis=1, bitorder="little"))
+
+
 def test_bits_of_an_lsb_first_store(encoder, floats) -> None:
     codes = encoder.encode(TEXTS, precision="binary", profile="faiss")
     assert np.array_equal(codes, np.packbits(floats > 0, axis=1, bitorder="little"))

@@ -60,7 +60,7 @@ def test_points_are_what_a_plain_search_finds() -> None:
     by_floats = np.argsort(-(cut_queries @ cut.T), axis=1)[:, :10]
     assert found["float32", 24, False].overlap == pytest.approx(overlap(reference, by_floats))
     bits = [np.packbits(x > 0, axis=1) for x in (cut_queries, cut)]
-    hamming = np.bitwise_count(bits[0][:, None] ^ bits[1][None]).sum(2).astype(int)
+    hamming = np.unpackbits(bits[0][:, None] ^ bits[1][None], axis=2).sum(2).astype(int)
     candidates = np.argsort(hamming, axis=1, kind="stable")[:, :40]
     assert found["binary", 24, False].overlap == pytest.approx(
         overlap(reference, candidates[:, :10])
