@@ -4,6 +4,8 @@ from jv5kernels.ops.attention import attention_varlen
 from jv5kernels.ops.attention_pooled import attention_pooled
 from jv5kernels.ops.embed_output import embed_output
 from jv5kernels.ops.linear import linear
+from jv5kernels.ops.linear_add import linear_add
+from jv5kernels.ops.linear_swiglu import linear_swiglu
 from jv5kernels.ops.pool import pool
 from jv5kernels.ops.qk_norm_rope import qk_norm_rope, rope_table
 from jv5kernels.ops.quantize import quantize_binary, quantize_int8
@@ -17,6 +19,8 @@ __all__ = [
     "attention_varlen",
     "embed_output",
     "linear",
+    "linear_add",
+    "linear_swiglu",
     "pool",
     "qk_norm_rope",
     "quantize_binary",
