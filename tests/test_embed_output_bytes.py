@@ -129,16 +129,15 @@ def test_shared_rows_whatever_the_number_of_programs():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("width", [768, 1024, 2304])
-def test_bytes_at_real_shapes(width, mode, normalize):
+@pytest.mark.parametrize("mode", ["lasttoken", "mean"])
+@pytest.mark.parametrize(("width", "dim"), [(1024, 1024), (1024, 250), (768, 768), (2304, 64)])
+def test_bytes_at_real_shapes(width, dim, mode, normalize):
     lengths = [180] * 100 + [1, 2000, 5000, 63]
     hidden = draw((sum(lengths), width), device="cuda") * 30
     weight = draw((width,), torch.bfloat16, "cuda", seed=1)
-    for dim in (width, 256, 250, 1):
-        options = {"mode": mode, "norm_weight": weight, "normalize": normalize}
-        options |= {"truncate_dim": dim, "impl": "triton"}
-        assert_bytes_match(hidden, ragged(lengths, "cuda"), options)
+    options = {"mode": mode, "norm_weight": weight, "normalize": normalize}
+    options |= {"truncate_dim": dim, "impl": "triton"}
+    assert_bytes_match(hidden, ragged(lengths, "cuda"), options)
 
 
 @pytest.mark.gpu
