@@ -29,7 +29,7 @@ def search_faiss(
     """Bits in an IndexBinaryFlat, int8 codes for the order; (queries, top) rows of documents."""
     import faiss
 
-    calibration = encoder.calibrate(documents)
+    calibration = encoder.calibrate(documents, prompt_name="document")
     bits = encoder.encode_document(documents, precision="binary", profile="faiss")
     codes = encoder.encode_document(
         documents, precision="int8", profile="faiss", calibration=calibration
