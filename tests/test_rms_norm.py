@@ -43,9 +43,7 @@ def test_rms_norm_matches_float64(shape, dtype, impl, device, poisoned_memory):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("given", "wanted"), [("float32", "bfloat16"), ("float16", "float32")])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_result_may_have_another_dtype(
-    shape, given, wanted, impl, device, poisoned_memory
-):
+def test_the_result_may_have_another_dtype(shape, given, wanted, impl, device, poisoned_memory):
     given, wanted = getattr(torch, given), getattr(torch, wanted)
     x, weight = draw(shape, given, device), draw(shape[1:], torch.bfloat16, device, seed=1)
     out = rms_norm(x, weight, EPS, dtype=wanted, impl=impl)

@@ -68,19 +68,16 @@ def adds_in_gemm(x: Tensor, weight: Tensor, residual: Tensor, batch_invariant: b
     """Whether "auto" adds these in the GEMM; a caller that has more to do with the sum can otherwise fuse that."""
     if not batch_invariant and x.shape[0] < FUSED_ROWS:
         return False
+    first = _linear_add.auto[x.device.type][0]
     inputs = (x, weight, residual, batch_invariant)
-    return _linear_add.choose_name("auto", x.device, inputs) == "triton"
+    return first == "triton" and _linear_add.reason_against(first, x.device, inputs) is None
 
 
-def _linear_add_torch(
-    x: Tensor, weight: Tensor, residual: Tensor, batch_invariant: bool
-) -> None:
+def _linear_add_torch(x: Tensor, weight: Tensor, residual: Tensor, batch_invariant: bool) -> None:
     residual.add_(linear(x, weight, batch_invariant=batch_invariant))
 
 
-def _linear_add_triton(
-    x: Tensor, weight: Tensor, residual: Tensor, batch_invariant: bool
-) -> None:
+def _linear_add_triton(x: Tensor, weight: Tensor, residual: Tensor, batch_invariant: bool) -> None:
     from jv5kernels.kernels.linear_add import launch_linear_add
 
     launch_linear_add(x, weight, residual)
@@ -96,9 +93,7 @@ def _triton_unsupported(x: Tensor, weight: Tensor, residual: Tensor, *_: object)
 
 _linear_add = Operator(
     name="linear_add",
-    schema=(
-        "(Tensor x, Tensor weight, Tensor(a!) residual, bool batch_invariant, str impl) -> ()"
-    ),
+    schema=("(Tensor x, Tensor weight, Tensor(a!) residual, bool batch_invariant, str impl) -> ()"),
     implementations={
         "triton": Implementation(_linear_add_triton, triton_unavailable, _triton_unsupported),
         "torch": Implementation(_linear_add_torch),

@@ -58,8 +58,9 @@ def keeps_intermediate(x: Tensor, weight: Tensor, batch_invariant: bool) -> bool
     """Whether "auto" computes these without writing the intermediate (T, 2·F)."""
     if not batch_invariant and x.shape[0] < FUSED_ROWS:
         return False
+    first = _linear_swiglu.auto[x.device.type][0]
     inputs = (x, weight, batch_invariant)
-    return _linear_swiglu.choose_name("auto", x.device, inputs) == "triton"
+    return first == "triton" and _linear_swiglu.reason_against(first, x.device, inputs) is None
 
 
 def _linear_swiglu_torch(x: Tensor, weight: Tensor, batch_invariant: bool) -> Tensor:

@@ -96,9 +96,7 @@ def _normed(total: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Te
     return (total * inverse * weight.to(total.dtype)).to(dtype)
 
 
-def _rms_norm_torch(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None
-) -> Tensor:
+def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
     return _normed(x.to(_accumulation_dtype(x)), weight, eps, dtype or x.dtype)
 
 
@@ -109,9 +107,7 @@ def _add_rms_norm_torch(
     return _normed(total, weight, eps, x.dtype), total.to(residual.dtype)
 
 
-def _rms_norm_triton(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None
-) -> Tensor:
+def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
     from jv5kernels.kernels.rms_norm import launch_rms_norm
 
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
