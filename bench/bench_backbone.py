@@ -1,13 +1,14 @@
 """Whole backbones at the real geometry in bf16: ours against Transformers sdpa, and the peak memory at full context.
 
-    python bench/bench_backbone.py              (needs a CUDA GPU)
+    python bench/bench_backbone.py [--no-compile]             (needs a CUDA GPU)
 
-Rows are full (no padding), which flatters Transformers; ours computes the last layer for the pooled tokens alone, as it
-does in use.
+One shape is also timed against Transformers under torch.compile, which takes a minute to compile it. Rows are full (no
+padding), which flatters Transformers; ours computes the last layer for the pooled tokens alone, as it does in use.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 from typing import Any
 
@@ -35,13 +36,15 @@ SHAPES = [
     ("nano", 16, 2048),
     ("nano", 4, 8192),
 ]
+# Where torch.compile takes part: at longer rows it is slower than without.
+COMPILED_SHAPE = ("small", 64, 512)
 # Two bf16 runs of 12 to 28 layers against each other; each is within 1e-4 of fp32 (bench_parity.py).
 MIN_COSINE = 0.9995
 
 
 @torch.inference_mode()
 def bench_shape(
-    family: str, rows: int, length: int, ours: Any, peer: torch.nn.Module
+    family: str, rows: int, length: int, ours: Any, peer: torch.nn.Module, with_compile: bool
 ) -> list[dict[str, Any]]:
     spec = ours.spec
     sequences = token_ids(spec, [length] * rows)
@@ -58,28 +61,37 @@ def bench_shape(
 
     cosine = torch.nn.functional.cosine_similarity(run_ours(), run_peer()).min().item()
     assert cosine >= MIN_COSINE, f"{family} {rows}x{length}: cosine {cosine}"
-    timings = time_interleaved({"jv5kernels": run_ours, "transformers sdpa": run_peer})
-    a, b = timings["jv5kernels"], timings["transformers sdpa"]
-    print(
-        f"{family:6} {rows:3}x{length:<6} {a.p50:8.2f} ms  transformers {b.p50:8.2f} ms  {b.p50 / a.p50:5.2f}x"
-    )
-    return [
-        record(
-            f"{family} {rows}x{length} bfloat16",
-            "jv5kernels",
-            "ms",
-            a.p50,
-            "ms",
-            device="cuda",
-            peer="transformers sdpa",
-            peer_value=b.p50,
-            ratio=b.p50 / a.p50,
-            p20=a.p20,
-            p80=a.p80,
-            tokens_per_s=1e3 * rows * length / a.p50,
-            cosine_min=cosine,
+    calls = {"jv5kernels": run_ours, "transformers sdpa": run_peer}
+    if with_compile:
+        compiled = torch.compile(peer)
+        calls["transformers torch.compile"] = lambda: last_token_embeddings(compiled, ids)
+        calls["transformers torch.compile"]()
+    timings = time_interleaved(calls)
+    a = timings["jv5kernels"]
+    lines = []
+    for name in list(calls)[1:]:
+        b = timings[name]
+        print(
+            f"{family:6} {rows:3}x{length:<6} {a.p50:8.2f} ms  {name} {b.p50:8.2f} ms  {b.p50 / a.p50:5.2f}x"
         )
-    ]
+        lines.append(
+            record(
+                f"{family} {rows}x{length} bfloat16",
+                "jv5kernels",
+                "ms",
+                a.p50,
+                "ms",
+                device="cuda",
+                peer=name,
+                peer_value=b.p50,
+                ratio=b.p50 / a.p50,
+                p20=a.p20,
+                p80=a.p80,
+                tokens_per_s=1e3 * rows * length / a.p50,
+                cosine_min=cosine,
+            )
+        )
+    return lines
 
 
 @torch.inference_mode()
@@ -116,6 +128,9 @@ def bench_memory(family: str, length: int, ours: Any, peer: torch.nn.Module) -> 
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    with_compile = not parser.parse_args().no_compile
     records = []
     for family in ("small", "nano"):
         spec = real_spec(family)
@@ -124,7 +139,8 @@ def main() -> None:
         ours = our_backbone(spec, weights, torch.bfloat16)
         for name, rows, length in SHAPES:
             if name == family:
-                records += bench_shape(family, rows, length, ours, peer)
+                compiles = with_compile and (name, rows, length) == COMPILED_SHAPE
+                records += bench_shape(family, rows, length, ours, peer, compiles)
         records.append(bench_memory(family, spec.max_position_embeddings, ours, peer))
         del weights, peer, ours
     print(write_records("backbone", records))

@@ -2,10 +2,11 @@
 
     python bench/bench_corpus.py        (CUDA: real geometry, bf16; CPU: the demo's model, fp32)
 
-With --texts texts.jsonl, --small-tokenizer and --nano-tokenizer it takes other texts and the real vocabularies.
-Both load the same folder, a merged checkpoint with random weights. On CUDA the texts have log-normal lengths
-(median 180 tokens, at most 8192), cut from real text: the docstrings of Python's standard library unless --texts
-names a JSONL file. A sample of the embeddings is first held against Sentence Transformers in fp32.
+With --corpus FILE and --tokenizer DIR it takes other texts and the real vocabularies. Both load the same folder, a
+merged checkpoint with random weights. On CUDA the texts have log-normal lengths (median 180 tokens, at most 8192), cut
+from real text: the docstrings of Python's standard library unless --corpus names a JSONL file. The peer's best batch
+size is found on a part of the texts. A sample of the embeddings is held against Sentence Transformers in fp32 before
+anything is written. The last run of ours is traced: the share of its time in which the GPU works.
 """
 
 from __future__ import annotations
@@ -23,26 +24,33 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoints import add_arguments, real_checkpoint
+from gpu_busy import profile
 from harness import record, write_records
 
 from jv5kernels import FastEncoder
 from jv5kernels.commands.demo import GEOMETRY
 from jv5kernels.comparison.stdlib_texts import standard_library_texts
 from jv5kernels.synthetic.checkpoint import write_checkpoint
-from jv5kernels.synthetic.layout import REAL_GEOMETRY
 
 MEDIAN_TOKENS, SIGMA, LONGEST_TOKENS = 180, 1.02, 8192
 CHARACTERS_A_TOKEN = 3.6
 BATCH_SIZES = {"cuda": (32, 128), "cpu": (4, 16)}
 MIN_COSINE = {"cuda": 0.9999, "cpu": 0.999999}
-SAMPLE = 100
+SAMPLE = 60
+# Texts on which the peer's batch sizes are compared.
+TRIAL = 1000
 
 
 def read_texts(path: Path) -> list[str]:
-    """The "text" of every line of a JSONL file, plain or gzipped."""
+    """The texts of a JSONL file, plain or gzipped: "text", or else "description", a str or one for each language."""
     opener = gzip.open if path.suffix == ".gz" else open
+    found: list[str] = []
     with opener(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
+        for line in map(json.loads, lines):
+            text = line.get("text", line.get("description", ""))
+            found += [text] if isinstance(text, str) else text.values()
+    return found
 
 
 def mixed_lengths(sources: list[str], count: int, seed: int = 0) -> list[str]:
@@ -87,24 +95,33 @@ def bench(
     ours = FastEncoder(folder, device=device, dtype=dtype)
     peer = SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": dtype})
     tokens = sum(map(len, ours.tokenize(texts)))
-    mine, embeddings = seconds(lambda: ours.encode(texts), runs + 1)
-    print(f"{label}: {len(texts)} texts, {tokens} tokens; jv5kernels {tokens / mine:.0f} tokens/s")
-
-    found: dict[int, float] = {}
+    warm = ours.warmup()
+    mine, embeddings = seconds(lambda: ours.encode(texts), runs)
+    print(
+        f"{label}: {len(texts)} texts, {tokens} tokens; jv5kernels {tokens / mine:.0f} tokens/s; "
+        f"warm-up {warm.seconds:.1f} s, {warm.bytes / 1e6:.0f} MB"
+    )
+    extra: dict[str, Any] = {}
+    if device == "cuda":
+        traced = profile(lambda: ours.encode(texts))
+        extra["gpu_busy_share"] = traced.share
+        print(f"  GPU busy {100 * traced.share:.1f} % of {traced.wall:.3f} s (traced)")
+    trial: dict[int, float] = {}
     for size in BATCH_SIZES[device]:
         peer.encode(texts[:size], batch_size=size)
-        found[size], theirs = seconds(
-            lambda size=size: peer.encode(texts, batch_size=size, normalize_embeddings=True),
-            runs,
-        )
-        print(f"  sentence-transformers batch {size:4}: {tokens / found[size]:10.0f} tokens/s")
+        trial[size], _ = seconds(lambda size=size: peer.encode(texts[:TRIAL], batch_size=size), 1)
+    best = min(trial, key=lambda size: trial[size])
+    peer_seconds, theirs = seconds(
+        lambda: peer.encode(texts, batch_size=best, normalize_embeddings=True),
+        1 if device == "cuda" else runs,
+    )
+    print(f"  sentence-transformers batch {best:4}: {tokens / peer_seconds:10.0f} tokens/s")
     sample = slice(0, None, max(1, len(texts) // SAMPLE))
     exact = in_float32(folder, texts[sample], device)
     cosine, peer_cosine = (cosine_min(e[sample], exact) for e in (embeddings, theirs))
     print(f"  lowest cosine to fp32: {cosine:.7f}, sentence-transformers {peer_cosine:.7f}")
     assert cosine >= MIN_COSINE[device], f"{label}: cosine {cosine}"
-    best = min(found, key=lambda size: found[size])
-    ratio = found[best] / mine
+    ratio = peer_seconds / mine
     print(f"  {ratio:.2f}x batch {best}")
     return [
         record(
@@ -115,11 +132,12 @@ def bench(
             "1/s",
             device=device,
             peer=f"sentence-transformers, batch_size {best}",
-            peer_value=tokens / found[best],
+            peer_value=tokens / peer_seconds,
             ratio=ratio,
             cosine_min=cosine,
             peer_cosine_min=peer_cosine,
-            peer_by_batch_size={str(size): tokens / t for size, t in found.items()},
+            trial_seconds_by_batch_size={str(size): t for size, t in trial.items()},
+            **extra,
         )
     ]
 
@@ -128,11 +146,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
-    parser.add_argument("--texts", type=Path, help="JSONL file with the key text")
-    parser.add_argument(
-        "--small-tokenizer", type=Path, help="tokenizer.json of the real vocabulary"
-    )
-    parser.add_argument("--nano-tokenizer", type=Path, help="tokenizer.json of the real vocabulary")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="JSONL, plain or gzipped")
+    add_arguments(parser)
     parser.add_argument("--count", type=int, default=4000, help="texts on CUDA")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each")
     arguments = parser.parse_args()
@@ -141,7 +156,7 @@ def main() -> None:
     documents = (
         standard_library_texts() if device == "cpu" else standard_library_texts(20_000, 1_000)
     )
-    sources = read_texts(arguments.texts) if arguments.texts else [d.text for d in documents]
+    sources = read_texts(arguments.corpus) if arguments.corpus else [d.text for d in documents]
     records = []
     with tempfile.TemporaryDirectory() as root:
         if device == "cpu":
@@ -153,16 +168,8 @@ def main() -> None:
             )
         else:
             texts = mixed_lengths(sources, arguments.count)
-            for family in ("small", "nano"):
-                folder = write_checkpoint(
-                    Path(root) / family,
-                    family=family,
-                    layout="merged",
-                    geometry=REAL_GEOMETRY[family],
-                    dtype=torch.bfloat16,
-                    tokenizer=getattr(arguments, f"{family}_tokenizer"),
-                    device="cuda",
-                )
+            for family in arguments.models:
+                folder = real_checkpoint(Path(root), family, arguments.tokenizer)
                 records += bench(folder, texts, f"{family}, mixed lengths", "cuda", arguments.runs)
     print(write_records("corpus" if device == "cuda" else "corpus-cpu", records))
 

@@ -86,10 +86,11 @@ def other_configurations(
 
 
 def label(config: object) -> str:
-    """A configuration in a few characters: tile, warps, stages, descriptors or pointers."""
+    """A configuration in a few characters: tile, warps, stages, programs; loose if not flattened."""
     c = vars(config)
     kind = "tma" if c["use_descriptors"] else "ptr"
-    return f"{kind} {c['BM']}x{c['BN']}x{c['BK']} w{c['num_warps']} s{c['num_stages']}"
+    options = f" x{c['programs']}" * (c["programs"] > 1) + " loose" * (not c["flatten"])
+    return f"{kind} {c['BM']}x{c['BN']}x{c['BK']} w{c['num_warps']} s{c['num_stages']}{options}"
 
 
 test_linear = cpu_benchmarks(NAME, works)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-NEED_CUDA = {"backbone", "invariance"}
+NEED_CUDA = {"backbone", "cold_start", "invariance", "query", "short_layer"}
 
 
 def main() -> None:

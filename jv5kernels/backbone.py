@@ -2,15 +2,17 @@
 
 What differs between the families (causal or not, q/k norm, grouped heads) is read from a `ModelSpec`. Per layer
 
-    x, residual = add_rms_norm(y, residual)                (the addition of the previous block and this block's norm)
+    x           = rms_norm(residual)
     q, k, v     = x · Wqkvᵀ;  qk_norm_rope in place
-    y           = attention · Woᵀ
-    x, residual = add_rms_norm(y, residual)
-    y           = swiglu(x · Wgate_upᵀ) · Wdownᵀ
+    residual   += attention · Woᵀ
+    x           = rms_norm(residual)
+    residual   += swiglu(x · Wgate_upᵀ) · Wdownᵀ
 
 The residual stream is fp32 in every compute dtype: rounded to bf16 at each of its additions, it would carry most of the
-error of a deep model. In the last layer only K and V are needed for all tokens; the rest is computed for the pooled
-tokens alone.
+error of a deep model. Where the GEMM cannot add to it in its epilogue (`ops.linear_add`), a block hands its output y
+on, and the next norm adds it on the way: x, residual = add_rms_norm(y, residual).
+
+In the last layer only K and V are needed for all tokens; the rest is computed for the pooled tokens alone.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ from jv5kernels.model_spec import ModelSpec
 from jv5kernels.ops.attention import attention_varlen
 from jv5kernels.ops.attention_pooled import attention_pooled
 from jv5kernels.ops.linear import linear
+from jv5kernels.ops.linear_add import adds_in_gemm, linear_add
+from jv5kernels.ops.linear_swiglu import keeps_intermediate, linear_swiglu
 from jv5kernels.ops.qk_norm_rope import qk_norm_rope
 from jv5kernels.ops.rms_norm import add_rms_norm, rms_norm
 from jv5kernels.ops.swiglu import swiglu
 from jv5kernels.packing import PackedBatch
 
-# Tokens of one pass through the MLP: its intermediate, 3·F values a token, bounds the memory otherwise.
+# Tokens of one pass through the MLP where the intermediate is written: 3·F values a token bound the memory otherwise.
 MLP_CHUNK_TOKENS = 16384
 
 
@@ -170,8 +174,7 @@ class PackedBackbone:
     def forward(self, batch: PackedBatch) -> Tensor:
         """Returns the hidden states of all tokens after the final norm, (T, C)."""
         y, residual = self._run_layers(batch, self.layers)
-        assert y is not None  # there is at least one layer
-        return add_rms_norm(y, residual, self.norm_weight, self.spec.rms_norm_eps)[0]
+        return self._norm(y, residual, self.norm_weight)[0]
 
     def forward_pooled(self, batch: PackedBatch, pooling: str) -> tuple[Tensor, Tensor]:
         """Returns what pooling needs: hidden states before the final norm, and their cu_seqlens.
@@ -184,36 +187,45 @@ class PackedBackbone:
         """
         if pooling == "mean":
             y, residual = self._run_layers(batch, self.layers)
-            assert y is not None
-            return residual.add_(y), batch.cu_seqlens
+            return _total(y, residual), batch.cu_seqlens
         y, residual = self._run_layers(batch, self.layers[:-1])
-        rows = batch.cu_seqlens[1:] - 1 if pooling == "lasttoken" else batch.cu_seqlens[:-1]
+        if pooling == "lasttoken":
+            rows = batch.cu_seqlens[1:] - 1
+        else:
+            # An empty sequence at the end starts past the last token.
+            rows = batch.cu_seqlens[:-1].clamp(max=batch.total_tokens - 1)
         hidden = self._last_layer(y, residual, batch, rows)
         return hidden, torch.arange(len(batch) + 1, dtype=torch.int32, device=hidden.device)
 
     def _run_layers(
         self, batch: PackedBatch, layers: Sequence[LayerWeights]
     ) -> tuple[Tensor | None, Tensor]:
-        """Output of the last block of `layers` and the fp32 residual stream it is still to be added to."""
+        """The fp32 residual stream after `layers`, and what is still to be added to it, if anything."""
         y: Tensor | None = None
         residual = torch.nn.functional.embedding(batch.input_ids, self.embedding).float()
         for layer in layers:
-            x, residual = self._enter(y, residual, layer)
+            x, residual = self._norm(y, residual, layer.input_norm)
             del y
-            y = self._attention(x, layer, batch)
-            x, residual = add_rms_norm(y, residual, layer.post_norm, self.spec.rms_norm_eps)
+            y = self._project(self._attention(x, layer, batch), layer.o, residual)
+            x, residual = self._norm(y, residual, layer.post_norm)
             del y
-            y = self._mlp(x, layer)
+            y = self._mlp(x, layer, residual)
         return y, residual
 
-    def _enter(
-        self, y: Tensor | None, residual: Tensor, layer: LayerWeights
-    ) -> tuple[Tensor, Tensor]:
+    def _norm(self, y: Tensor | None, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """RMSNorm of the residual stream with y, in the compute dtype, and that stream."""
+        eps = self.spec.rms_norm_eps
         if y is None:
-            # The embeddings are values of the compute dtype, so this rounds nothing.
-            embeddings = residual.to(self.dtype)
-            return rms_norm(embeddings, layer.input_norm, self.spec.rms_norm_eps), residual
-        return add_rms_norm(y, residual, layer.input_norm, self.spec.rms_norm_eps)
+            return rms_norm(residual, weight, eps, dtype=self.dtype), residual
+        return add_rms_norm(y, residual, weight, eps)
+
+    def _project(self, x: Tensor, projection: Projection, residual: Tensor) -> Tensor | None:
+        """Adds the projection of x to the residual stream, or returns what is still to be added to it."""
+        weight = projection.weight
+        if projection.low_rank or not adds_in_gemm(x, weight, residual, self.batch_invariant):
+            return projection(x, self.batch_invariant)
+        linear_add(x, weight, residual, batch_invariant=self.batch_invariant)
+        return None
 
     def _rotate(
         self, projected: Tensor, positions: Tensor, layer: LayerWeights, heads: int, kv_heads: int
@@ -249,22 +261,29 @@ class PackedBackbone:
             causal=spec.causal,
             impl=self.attention,
         )
-        return layer.o(out.flatten(1), self.batch_invariant)
+        return out.flatten(1)
 
-    def _mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
+    def _mlp(self, x: Tensor, layer: LayerWeights, residual: Tensor) -> Tensor | None:
+        """Adds the MLP of x to the residual stream, or returns what is still to be added to it."""
+        if not layer.gate_up.low_rank and keeps_intermediate(
+            x, layer.gate_up.weight, self.batch_invariant
+        ):
+            inner = linear_swiglu(x, layer.gate_up.weight, batch_invariant=self.batch_invariant)
+            return self._project(inner, layer.down, residual)
         if x.shape[0] <= MLP_CHUNK_TOKENS:
-            return layer.down(swiglu(layer.gate_up(x, self.batch_invariant)), self.batch_invariant)
-        out = torch.empty_like(x)
-        for rows, chunk in zip(out.split(MLP_CHUNK_TOKENS), x.split(MLP_CHUNK_TOKENS), strict=True):
-            rows.copy_(self._mlp(chunk, layer))
-        return out
+            inner = swiglu(layer.gate_up(x, self.batch_invariant))
+            return self._project(inner, layer.down, residual)
+        chunks = zip(x.split(MLP_CHUNK_TOKENS), residual.split(MLP_CHUNK_TOKENS), strict=True)
+        for x_chunk, residual_chunk in chunks:
+            _total(self._mlp(x_chunk, layer, residual_chunk), residual_chunk)
+        return None
 
     def _last_layer(
         self, y: Tensor | None, residual: Tensor, batch: PackedBatch, rows: Tensor
     ) -> Tensor:
         """The last layer for the tokens in `rows` (B,) alone; hidden states before the final norm, (B, C) fp32."""
         spec, layer = self.spec, self.layers[-1]
-        x, residual = self._enter(y, residual, layer)
+        x, residual = self._norm(y, residual, layer.input_norm)
         kv = layer.qkv.columns(spec.q_width, spec.qkv_width)(x, self.batch_invariant)
         self._rotate(kv, batch.positions, layer, 0, spec.num_kv_heads)
         k, v = self._split_kv(kv)
@@ -281,6 +300,12 @@ class PackedBackbone:
             batch.max_seqlen,
             query_positions=positions if spec.causal else None,
         )
-        y = layer.o(out.flatten(1), self.batch_invariant)
-        x, residual = add_rms_norm(y, residual[rows], layer.post_norm, spec.rms_norm_eps)
-        return self._mlp(x, layer).float() + residual
+        residual = residual[rows]
+        y = self._project(out.flatten(1), layer.o, residual)
+        x, residual = self._norm(y, residual, layer.post_norm)
+        return _total(self._mlp(x, layer, residual), residual)
+
+
+def _total(y: Tensor | None, residual: Tensor) -> Tensor:
+    """The residual stream with what is still to be added to it, in place."""
+    return residual if y is None else residual.add_(y)

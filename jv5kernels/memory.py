@@ -45,13 +45,13 @@ def memory_model(spec: ModelSpec, dtype: torch.dtype) -> MemoryModel:
 
     The bound follows the layer loop: around attention the fp32 residual stream, the block's input and output
     (2·C), the fused projection and the attention output are alive; in the MLP the residual stream, input
-    and output, and 3·F + C for one chunk of tokens.
+    and output, and either F for all tokens (SwiGLU in the GEMM's epilogue) or 3·F + C for one chunk of them.
 
     Example:
         >>> memory_model(spec, torch.bfloat16).peak(32768)  # small: 1.9 GB
     """
     width = spec.hidden_size
-    attention = spec.q_width + spec.qkv_width
+    inner = max(spec.q_width + spec.qkv_width, spec.intermediate_size)
     intermediate = width + 3 * spec.intermediate_size
     linear = spec.num_layers * (
         width * (spec.qkv_width + spec.q_width) + 3 * width * spec.intermediate_size
@@ -62,8 +62,8 @@ def memory_model(spec: ModelSpec, dtype: torch.dtype) -> MemoryModel:
         weights=(spec.vocab_size * width + linear + norms) * dtype.itemsize,
         fixed=WORKSPACE_BYTES
         + rope
-        + max(0, intermediate - attention) * MLP_CHUNK_TOKENS * dtype.itemsize,
-        per_token=4 * width + (2 * width + attention) * dtype.itemsize + 3 * 4,
+        + max(0, intermediate - inner) * MLP_CHUNK_TOKENS * dtype.itemsize,
+        per_token=4 * width + (2 * width + inner) * dtype.itemsize + 3 * 4,
     )
 
 

@@ -1,8 +1,9 @@
 """The run of a corpus: tokenising ahead, packing, computing and copying out, each in step with the others.
 
-While the device computes batch n, a thread tokenises the texts of later batches and the results of batch n-1 are
-copied to the host. Texts are taken longest first (by characters, which is known without tokenising), so batches are
-filled with neighbours in length and the batch that needs the most memory comes first.
+While the device computes batch n, a thread tokenises and packs later batches and the results of batch n-1 are copied
+to the host. Texts are taken longest first (by characters, which is known without tokenising), so batches are filled
+with neighbours in length and the batch that needs the most memory comes first. A few short texts pass without a thread,
+and where the device has recordings for batches of their size, through one of those.
 """
 
 from __future__ import annotations
@@ -10,26 +11,32 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from jv5kernels.packing import PackedBatch, pack, plan_batches, split
+from jv5kernels.packing import HostBatch, PackedBatch, pack, pack_on_host, plan_batches, split
 from jv5kernels.tokenization import Tokenization
 
-# Characters that are tokenised at once: about a quarter of a million tokens, so that the first batch starts soon
-# and a thread stays well ahead of the device.
-WINDOW_CHARACTERS = 1 << 20
+# Characters that are tokenised at once, by window: the first is about one batch, so that the device starts soon, and
+# the last about a quarter of a million tokens, so that the thread stays well ahead of it.
+WINDOW_CHARACTERS = (1 << 17, 1 << 18, 1 << 19, 1 << 20)
+# Up to here a thread would cost more than it saves.
+INLINE_CHARACTERS = 1 << 12
 # Batches whose results may still be on their way to the host.
 IN_FLIGHT = 2
 
 # A batch's values are a tensor (B, width), or one tensor a text that stays on the device.
 Values = Tensor | tuple[Tensor, ...]
 BatchFunction = Callable[[PackedBatch], tuple[Values, Tensor]]
+# Token ids -> values, and flags on the host; None for batches that are not short.
+ShortFunction = Callable[[Sequence[np.ndarray]], tuple[Tensor, Tensor] | None]
 
 
 @dataclass
@@ -80,12 +87,33 @@ class Limits:
 
 @dataclass(frozen=True)
 class _InFlight:
-    """Results of one batch on their way to the host."""
+    """Results of one batch on their way to the host.
+
+    Args:
+        flags: (B,) uint8, which stay where they were computed.
+        any_flag: () uint8, their maximum; on the host once `done` is.
+    """
 
     rows: np.ndarray
     values: Values
     flags: Tensor
+    any_flag: Tensor
     done: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A batch that is to be computed.
+
+    Args:
+        rows: of the result.
+        sequences: token ids, one array a row.
+        packed: the sequences as one buffer, if that was done ahead.
+    """
+
+    rows: np.ndarray
+    sequences: list[np.ndarray]
+    packed: HostBatch | None = None
 
 
 class Pipeline:
@@ -95,6 +123,7 @@ class Pipeline:
         compute: batch -> (values, (B,) uint8 flags of rows with NaN or Inf), on the device.
         recompute: the same in fp32, for rows that were flagged.
         store: (rows (B,), values) -> None; called in the order of completion.
+        short: does the whole work of a short batch at once; None where nothing does.
         keep_on_device: whether values stay on the device.
         progress: called with the number of texts that a finished batch held.
     """
@@ -109,6 +138,7 @@ class Pipeline:
         *,
         limits: Limits,
         statistics: Statistics,
+        short: ShortFunction | None = None,
         keep_on_device: bool = False,
         progress: Callable[[int], object] = lambda _: None,
     ) -> None:
@@ -119,6 +149,7 @@ class Pipeline:
         self.store = store
         self.limits = limits
         self.statistics = statistics
+        self.short = short
         self.keep_on_device = keep_on_device
         self.progress = progress
         self._ids: dict[int, np.ndarray] = {}
@@ -126,43 +157,59 @@ class Pipeline:
 
     def run(self, texts: Sequence[str], rows: np.ndarray) -> int:
         """Encodes ``texts[i]`` as row ``rows[i]``; returns how many of them were truncated."""
-        truncated = 0
-        for batch, cut in self._batches(texts, rows):
-            truncated += cut
-            self._run_batch(batch)
+        if sum(map(len, texts)) <= INLINE_CHARACTERS:
+            ids, truncated = self._tokenize(texts, rows, np.arange(len(texts)))
+            self._ids.update(ids)
+            for planned in self._plan(np.asarray(rows)):
+                self._run_batch(planned)
+        else:
+            truncated = 0
+            for planned, cut in self._planned_ahead(texts, rows):
+                truncated += cut
+                self._run_batch(planned)
         while self._in_flight:
             self._finish()
         return truncated
 
-    def _batches(self, texts: Sequence[str], rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-        """Batches of rows, each with the number of texts cut since the one before."""
+    def _planned_ahead(
+        self, texts: Sequence[str], rows: np.ndarray
+    ) -> Iterator[tuple[_Planned, int]]:
+        """Batches, each with the number of texts cut since the one before; a thread prepares the next ones."""
         windows = _windows(texts)
         pending: np.ndarray = np.zeros(0, dtype=np.int64)
+
+        def prepare(index: int) -> tuple[list[_Planned], int]:
+            nonlocal pending
+            ids, cut = self._tokenize(texts, rows, windows[index])
+            self._ids.update(ids)
+            found = np.fromiter(ids, dtype=np.int64, count=len(ids))
+            batches = self._plan(np.concatenate([pending, found]))
+            if index + 1 < len(windows):
+                # The last batch may be part filled: it waits for the texts of the next window.
+                pending = batches.pop().rows
+            return [self._packed(batch) for batch in batches], cut
+
         with ThreadPoolExecutor(1, thread_name_prefix="jv5-tokenize") as thread:
-            following = thread.submit(self._tokenize, texts, rows, windows[0]) if windows else None
+            following = thread.submit(prepare, 0) if windows else None
             for index in range(len(windows)):
                 assert following is not None
-                ids, cut = following.result()
+                batches, cut = following.result()
                 if index + 1 < len(windows):
-                    following = thread.submit(self._tokenize, texts, rows, windows[index + 1])
-                self._ids.update(ids)
-                pending = np.concatenate(
-                    [pending, np.fromiter(ids, dtype=np.int64, count=len(ids))]
-                )
-                batches = self._plan(pending)
-                if index + 1 < len(windows):
-                    # The last batch may be part filled: it waits for the texts of the next window.
-                    pending = batches.pop()
+                    following = thread.submit(prepare, index + 1)
                 for batch in batches:
                     yield batch, cut
                     cut = 0
 
-    def _plan(self, rows: np.ndarray) -> list[np.ndarray]:
-        lengths = np.fromiter(
-            (len(self._ids[row]) for row in rows), dtype=np.int64, count=len(rows)
-        )
+    def _plan(self, rows: np.ndarray) -> list[_Planned]:
+        sequences = [self._ids[int(row)] for row in rows]
+        lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(rows))
         plan = plan_batches(lengths, self.limits.token_budget, self.limits.max_rows)
-        return [rows[batch] for batch in plan]
+        return [_Planned(rows[batch], [sequences[i] for i in batch]) for batch in plan]
+
+    def _packed(self, batch: _Planned) -> _Planned:
+        order = np.arange(len(batch.rows))
+        packed = pack_on_host(batch.sequences, order, pin=self.device.type == "cuda")
+        return replace(batch, packed=packed)
 
     def _tokenize(
         self, texts: Sequence[str], rows: np.ndarray, window: np.ndarray
@@ -182,38 +229,49 @@ class Pipeline:
         self.statistics.add(texts=len(ids), tokens=tokens, truncated=len(cut))
         return ids, len(cut)
 
-    def _run_batch(self, rows: np.ndarray) -> None:
+    def _run_batch(self, batch: _Planned) -> None:
         """Computes a batch; one that does not fit into memory is cut in two until it does."""
-        sequences = [self._ids[int(row)] for row in rows]
-        order = np.arange(len(rows))
         try:
-            values, flags = self.compute(pack(sequences, order, self.device))
+            if self._run_short(batch):
+                return
+            packed = batch.packed or self._packed(batch).packed
+            assert packed is not None
+            values, flags = self.compute(packed.to(self.device))
         except torch.OutOfMemoryError as error:
             reason = str(error)
         else:
-            self._send(rows, values, flags)
+            self._send(batch.rows, values, flags)
             return
         # Outside the except block, so that the failed run's tensors are no longer held by its traceback.
         torch.cuda.empty_cache()
-        lengths = np.array([len(ids) for ids in sequences])
-        if len(rows) == 1:
+        lengths = np.array([len(ids) for ids in batch.sequences])
+        if len(lengths) == 1:
             raise torch.OutOfMemoryError(
-                f"text {int(rows[0])} with {lengths[0]} tokens does not fit into the memory of {self.device} "
+                f"text {int(batch.rows[0])} with {lengths[0]} tokens does not fit into the memory of {self.device} "
                 f"even alone; a smaller max_seq_length would cut it. ({reason})"
             )
         self.statistics.add(batch_splits=1)
-        for half in split(order, lengths):
-            self._run_batch(rows[half])
+        for half in split(np.arange(len(lengths)), lengths):
+            self._run_batch(_Planned(batch.rows[half], [batch.sequences[i] for i in half]))
+
+    def _run_short(self, batch: _Planned) -> bool:
+        found = None if self.short is None else self.short(batch.sequences)
+        if found is not None:
+            values, flags = found
+            self._in_flight.append(_InFlight(batch.rows, values, flags, flags.amax(), None))
+        return found is not None
 
     def _send(self, rows: np.ndarray, values: Values, flags: Tensor) -> None:
         done = None
+        any_flag = flags.amax()
         if self.device.type == "cuda":
-            flags = flags.to("cpu", non_blocking=True)
+            any_flag = any_flag.to("cpu", non_blocking=True)
             if not self.keep_on_device and isinstance(values, Tensor):
+                # To page-locked memory from torch's cache of it.
                 values = values.to("cpu", non_blocking=True)
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(self.device))
-        self._in_flight.append(_InFlight(rows, values, flags, done))
+        self._in_flight.append(_InFlight(rows, values, flags, any_flag, done))
         while len(self._in_flight) > IN_FLIGHT:
             self._finish()
 
@@ -223,10 +281,9 @@ class Pipeline:
         if batch.done is not None:
             batch.done.synchronize()
         values: Any = batch.values
-        bad = np.flatnonzero(batch.flags.cpu().numpy())
-        if len(bad):
+        if batch.any_flag.item():
             values = values.clone() if isinstance(values, Tensor) else list(values)
-            for index in bad:
+            for index in np.flatnonzero(batch.flags.cpu().numpy()):
                 values[index] = self._mend(int(batch.rows[index])).to(values[index].device)
         self.store(batch.rows, values)
         for row in batch.rows:
@@ -253,5 +310,19 @@ def _windows(texts: Sequence[str]) -> list[np.ndarray]:
     """Indices of the texts, longest first by characters, cut into windows of WINDOW_CHARACTERS."""
     characters = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     order = np.argsort(-characters, kind="stable")
-    window = np.cumsum(characters[order] + 1) // WINDOW_CHARACTERS
+    before = np.cumsum(characters[order] + 1)
+    bounds = np.cumsum(WINDOW_CHARACTERS)
+    window = np.searchsorted(bounds, before)
+    last = WINDOW_CHARACTERS[-1]
+    window = np.where(before > bounds[-1], len(bounds) + (before - bounds[-1]) // last, window)
     return np.split(order, np.flatnonzero(np.diff(window)) + 1) if len(order) else []
+
+
+@contextmanager
+def progress_bar(texts: int, show: bool) -> Iterator[Callable[[int], object]]:
+    """Counts finished texts on a bar; without one nothing is set up, which a short call would notice."""
+    if not show:
+        yield lambda count: None
+        return
+    with tqdm(total=texts, unit="text") as bar:
+        yield bar.update

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-__all__ = ["TokenizedTexts", "Tokenization", "resolve_prompt"]
+from jv5kernels.text_prefix import TextPrefix
+
+__all__ = ["LocatedTokens", "TokenizedTexts", "Tokenization", "check_texts", "resolve_prompt"]
 
 # Tokenised once to learn what is added around a text, and to check that truncation keeps it.
 PROBE = "a 7 b 8 c 9 d 10"
@@ -25,13 +27,33 @@ class TokenizedTexts:
 
     Args:
         ids: one int32 array a text, at most max_length long, special tokens included.
-        lengths: (N,) int64, tokens of each text before truncation.
+        lengths: (N,) int64, tokens of each text before truncation; of a text that is far longer than max_length only
+            a lower bound beyond it, since the rest was not tokenised.
         truncated: (N,) bool, where a text was longer than max_length.
     """
 
     ids: list[np.ndarray]
     lengths: np.ndarray
     truncated: np.ndarray
+
+
+@dataclass(frozen=True)
+class LocatedTokens:
+    """Token ids of one text and where they lie in it.
+
+    Args:
+        ids: (kept,) int32, special tokens included, cut to max_length.
+        first: row of the first token of the text in `ids`, after the special tokens before it.
+        kept: tokens of the text that `ids` holds, from the first on.
+        starts, ends: (tokens,) characters [start, end) of every token of the text, also of those cut off; both ascend,
+            and every character belongs to at least one token (to several where a character takes several).
+    """
+
+    ids: np.ndarray
+    first: int
+    kept: int
+    starts: np.ndarray
+    ends: np.ndarray
 
 
 class Tokenization:
@@ -55,6 +77,7 @@ class Tokenization:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._before, self._after = self._special_tokens()
+        self._prefix = TextPrefix(self._tokenizer)
         self.max_seq_length = self._check_length("max_seq_length", max_seq_length)
 
     def encode(
@@ -81,7 +104,7 @@ class Tokenization:
         for name, text in zip(names, texts, strict=True):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{name}] must be a str, not {type(text).__name__}")
-        encodings = self._encode_all(texts, names)
+        encodings = self._encode_up_to(limit, texts, names)
         lengths = np.fromiter(map(len, encodings), dtype=np.int64, count=len(encodings))
         if not lengths.all():
             raise ValueError(
@@ -90,6 +113,41 @@ class Tokenization:
             )
         ids = [self._cut(np.array(encoding.ids, dtype=np.int32), limit) for encoding in encodings]
         return TokenizedTexts(ids, lengths, lengths > limit)
+
+    def _encode_up_to(
+        self, limit: int, texts: Sequence[str], names: Sequence[int] | np.ndarray
+    ) -> list[Encoding]:
+        """Encodings that are whole, or longer than limit and right up to there."""
+        prefixes = [self._prefix.of(text, limit) for text in texts]
+        encodings = self._encode_all(prefixes, names)
+        for i, (prefix, text) in enumerate(zip(prefixes, texts, strict=True)):
+            if len(prefix) < len(text) and len(encodings[i]) <= limit:
+                encodings[i] = self._encode_all([text], [names[i]])[0]
+        return encodings
+
+    def locate(self, text: str, *, max_length: int | None = None) -> LocatedTokens:
+        """Returns the token ids of one text, as `encode` gives them, and the characters of each token.
+
+        Raises:
+            TypeError, ValueError: as `encode`.
+        """
+        limit = self.max_seq_length
+        if max_length is not None:
+            limit = self._check_length("max_length", max_length)
+        try:
+            encoding = self._tokenizer.encode(text)
+        except TypeError:
+            self.encode([text])  # says what is wrong with the text
+            raise
+        if not len(encoding):
+            self.encode([text])  # says that there is nothing to embed
+        ids = self._cut(np.array(encoding.ids, dtype=np.int32), limit)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        starts, ends = offsets[self._before : len(offsets) - self._after].T
+        # A character that a normaliser merged into its neighbour, or that no token claims, goes with the token before.
+        ends = np.maximum(ends, np.append(starts[1:], len(text))[: len(ends)])
+        kept = min(len(starts), len(ids) - self._before - self._after)
+        return LocatedTokens(ids, self._before, kept, starts, ends)
 
     def _encode_all(
         self, texts: Sequence[str], names: Sequence[int] | np.ndarray
@@ -153,6 +211,17 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
             break
         same += 1
     return same
+
+
+def check_texts(texts: Sequence[str]) -> list[str]:
+    """The texts as a list; TypeError naming position and type of the first that is not a str."""
+    if not isinstance(texts, Sequence) and not hasattr(texts, "__iter__"):
+        raise TypeError(f"inputs must be a str or a sequence of str, not {type(texts).__name__}")
+    texts = list(texts)
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"inputs[{position}] must be a str, not {type(text).__name__}")
+    return texts
 
 
 def resolve_prompt(

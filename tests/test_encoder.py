@@ -231,7 +231,9 @@ def test_half_precisions(encoders):
 
 
 def test_int8_without_ranges_is_refused_with_an_explanation(encoders):
-    with pytest.raises(ValueError, match=r"precision='int8' needs ranges=.*\(2, dim\)"):
+    with pytest.raises(
+        ValueError, match=r"precision='int8' needs a range for every dimension.*calibrate.*'batch'"
+    ):
         encoders["nano-retrieval"].encode(TEXTS, precision="int8")
     with pytest.raises(ValueError, match=r"ranges must have shape \(2, 32\), not \(2, 31\)"):
         encoders["nano-retrieval"].encode(
@@ -384,7 +386,8 @@ def test_what_stays_not_finite_is_never_returned(encoders, monkeypatch):
 
 
 def test_a_long_corpus_runs_through_several_windows(encoders, monkeypatch):
-    monkeypatch.setattr("jv5kernels.pipeline.WINDOW_CHARACTERS", 300)
+    monkeypatch.setattr("jv5kernels.pipeline.WINDOW_CHARACTERS", (100, 300))
+    monkeypatch.setattr("jv5kernels.pipeline.INLINE_CHARACTERS", 0)
     encoder = encoders["nano-retrieval"]
     texts = TEXTS * 4
     assert (

@@ -41,6 +41,25 @@ def test_rms_norm_matches_float64(shape, dtype, impl, device, poisoned_memory):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("given", "wanted"), [("float32", "bfloat16"), ("float16", "float32")])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_result_may_have_another_dtype(shape, given, wanted, impl, device, poisoned_memory):
+    given, wanted = getattr(torch, given), getattr(torch, wanted)
+    x, weight = draw(shape, given, device), draw(shape[1:], torch.bfloat16, device, seed=1)
+    out = rms_norm(x, weight, EPS, dtype=wanted, impl=impl)
+    assert out.dtype == wanted and out.is_contiguous()
+    torch.testing.assert_close(out.double(), reference(x, weight), rtol=RTOL[wanted], atol=1e-6)
+
+
+def test_dtype_of_the_result_is_checked():
+    x, weight = torch.ones(2, 8), torch.ones(8)
+    with pytest.raises(TypeError, match="dtype is int8: allowed are float32"):
+        rms_norm(x, weight, EPS, dtype=torch.int8)
+    with pytest.raises(ValueError, match="triton: the kernel gives float32"):
+        rms_norm(x, weight, EPS, dtype=torch.float64, impl="triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_add_rms_norm_matches_float64(shape, dtype, impl, device, poisoned_memory):
@@ -119,7 +138,10 @@ def test_scale_invariance(scale, seed):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl, device):
     x, weight = draw((5, 32), torch.float32, device), draw((32,), torch.float32, device)
-    torch.library.opcheck(torch.ops.jv5kernels.rms_norm.default, (x, weight, EPS, impl))
+    torch.library.opcheck(torch.ops.jv5kernels.rms_norm.default, (x, weight, EPS, None, impl))
+    torch.library.opcheck(
+        torch.ops.jv5kernels.rms_norm.default, (x, weight, EPS, torch.bfloat16, impl)
+    )
     torch.library.opcheck(torch.ops.jv5kernels.add_rms_norm.default, (x, x, weight, EPS, impl))
 
 

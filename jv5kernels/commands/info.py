@@ -136,8 +136,16 @@ def _triton() -> dict[str, Any]:
         "c_compiler": compiler,
         "python_h": str(header) if header.is_file() else None,
         "missing": missing,
+        "cache": str(_triton_cache()),
         "interpreter": os.environ.get("TRITON_INTERPRET", "0") == "1",
     }
+
+
+def _triton_cache() -> Path:
+    """Where Triton keeps compiled kernels, so that only the first process on a machine compiles them."""
+    named = os.environ.get("TRITON_CACHE_DIR")
+    home = Path(os.environ.get("TRITON_HOME", Path.home()))
+    return Path(named) if named else home / ".triton" / "cache"
 
 
 def _extension() -> dict[str, Any]:
@@ -226,6 +234,7 @@ def _native_rows(facts: Mapping[str, Any]) -> dict[str, str]:
         state += "; TRITON_INTERPRET=1: the interpreter runs them"
     return {
         "triton": state,
+        "compiled kernels": f"kept in {triton['cache']} (TRITON_CACHE_DIR)",
         "jv5kernels._C": f"dispatches to {extension['level']}"
         if extension["built"]
         else extension["note"],

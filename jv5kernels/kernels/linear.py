@@ -32,7 +32,13 @@ INTERPRETED_PROGRAMS = 2
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes (rows, columns, depth), launch options and which of the two kernels."""
+    """Tile sizes (rows, columns, depth), launch options and which of the two kernels.
+
+    Args:
+        programs: persistent programs on a multiprocessor; two of them, with small tiles, overlap the end of a tile
+            with another's loop.
+        flatten: whether a tile's first loads may run ahead of the end of the tile before.
+    """
 
     BM: int
     BN: int
@@ -40,6 +46,8 @@ class Config:
     num_warps: int
     num_stages: int
     use_descriptors: bool = False
+    programs: int = 1
+    flatten: bool = True
 
 
 # (device class, bytes of an element, rows aligned for descriptors) -> configuration.
@@ -101,11 +109,14 @@ def linear_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     tiles_m = tl.cdiv(T, BM)
     tiles_n = tl.cdiv(N, BN)
     o_k = tl.arange(0, BK)  # [BK]
-    for i_tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for i_tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN
+    ):
         i_m, i_n = tile_of(i_tile, tiles_m, tiles_n, GROUP)
         o_t = i_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
         o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
@@ -139,10 +150,13 @@ def linear_descriptor_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     tiles_m = tl.cdiv(T, BM)
     tiles_n = tl.cdiv(N, BN)
-    for i_tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for i_tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN
+    ):
         i_m, i_n = tile_of(i_tile, tiles_m, tiles_n, GROUP)
         b_out = tl.zeros([BM, BN], tl.float32)
         for i_k in range(0, K, BK):
@@ -184,7 +198,7 @@ def launch_linear(
         return
     config = config or config_for(x, weight, out)
     tiles = triton.cdiv(T, config.BM) * triton.cdiv(N, config.BN)
-    grid = (min(tiles, number_of_programs(x.device)),)
+    grid = (min(tiles, config.programs * number_of_programs(x.device)),)
     constants = {
         "N": N,
         "K": K,
@@ -192,6 +206,7 @@ def launch_linear(
         "BN": config.BN,
         "BK": config.BK,
         "GROUP": GROUP,
+        "FLATTEN": config.flatten,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

@@ -111,8 +111,8 @@ def launch_rms_norm(
     T, C = x.shape
     if T == 0:
         return
-    # The wider of two dtypes: stores of more than 16 bytes a lane would pass through shared memory.
-    element_size = max(t.element_size() for t in (x, residual) if t is not None)
+    # The widest dtype: stores of more than 16 bytes a lane would pass through shared memory.
+    element_size = max(t.element_size() for t in (x, residual, out) if t is not None)
     CHUNKS, BT, BC = tile(C, element_size)
     rms_norm_kernel[(triton.cdiv(T, BT),)](
         x,

@@ -4,10 +4,13 @@ from jv5kernels.ops.attention import attention_varlen
 from jv5kernels.ops.attention_pooled import attention_pooled
 from jv5kernels.ops.embed_output import embed_output
 from jv5kernels.ops.linear import linear
+from jv5kernels.ops.linear_add import linear_add
+from jv5kernels.ops.linear_swiglu import linear_swiglu
 from jv5kernels.ops.pool import pool
 from jv5kernels.ops.qk_norm_rope import qk_norm_rope, rope_table
 from jv5kernels.ops.quantize import quantize_binary, quantize_int8
 from jv5kernels.ops.rms_norm import add_rms_norm, rms_norm
+from jv5kernels.ops.short_layer import short_attention, short_linear
 from jv5kernels.ops.swiglu import swiglu
 
 __all__ = [
@@ -16,11 +19,15 @@ __all__ = [
     "attention_varlen",
     "embed_output",
     "linear",
+    "linear_add",
+    "linear_swiglu",
     "pool",
     "qk_norm_rope",
     "quantize_binary",
     "quantize_int8",
     "rms_norm",
     "rope_table",
+    "short_attention",
+    "short_linear",
     "swiglu",
 ]

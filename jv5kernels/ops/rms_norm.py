@@ -13,17 +13,25 @@ from jv5kernels.ops.checks import FLOAT_DTYPES, REFERENCE_DTYPES, check_tensor
 from jv5kernels.ops.registry import Implementation, Operator, Reason, triton_unavailable
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """Returns the RMSNorm of every row.
 
     Args:
         x: (T, C), float32, float16 or bfloat16 (float64 with impl="torch"); rows may be strided.
         weight: (C,), any of these dtypes.
         eps: added to the mean square.
+        dtype: of the result, any of these; that of x by default.
         impl: "auto", "triton" or "torch".
 
     Returns:
-        (T, C), dtype of x, contiguous.
+        (T, C), `dtype`, contiguous.
 
     Raises:
         TypeError: a dtype that is not allowed.
@@ -34,7 +42,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Te
         tensor([[0.8485, 1.1314]])
     """
     _check(x, weight)
-    return _rms_norm(x, weight, float(eps), impl)
+    if dtype is not None and dtype not in REFERENCE_DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in REFERENCE_DTYPES)
+        raise TypeError(f"dtype is {str(dtype).removeprefix('torch.')}: allowed are {allowed}")
+    return _rms_norm(x, weight, float(eps), dtype, impl)
 
 
 def add_rms_norm(
@@ -85,8 +96,8 @@ def _normed(total: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Te
     return (total * inverse * weight.to(total.dtype)).to(dtype)
 
 
-def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _normed(x.to(_accumulation_dtype(x)), weight, eps, x.dtype)
+def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
+    return _normed(x.to(_accumulation_dtype(x)), weight, eps, dtype or x.dtype)
 
 
 def _add_rms_norm_torch(
@@ -96,10 +107,10 @@ def _add_rms_norm_torch(
     return _normed(total, weight, eps, x.dtype), total.to(residual.dtype)
 
 
-def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
     from jv5kernels.kernels.rms_norm import launch_rms_norm
 
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     launch_rms_norm(x, None, weight, eps, out, None)
     return out
 
@@ -121,15 +132,23 @@ def _triton_unsupported(x: Tensor, *_: object) -> Reason:
     return None
 
 
+def _rms_norm_unsupported(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None
+) -> Reason:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        return f"the kernel gives float32, float16 and bfloat16, not {dtype}"
+    return _triton_unsupported(x)
+
+
 _rms_norm = Operator(
     name="rms_norm",
-    schema="(Tensor x, Tensor weight, float eps, str impl) -> Tensor",
+    schema="(Tensor x, Tensor weight, float eps, ScalarType? dtype, str impl) -> Tensor",
     implementations={
-        "triton": Implementation(_rms_norm_triton, triton_unavailable, _triton_unsupported),
+        "triton": Implementation(_rms_norm_triton, triton_unavailable, _rms_norm_unsupported),
         "torch": Implementation(_rms_norm_torch),
     },
     auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
-    fake=lambda x, weight, eps, impl: x.new_empty(x.shape),
+    fake=lambda x, weight, eps, dtype, impl: x.new_empty(x.shape, dtype=dtype or x.dtype),
 )
 
 _add_rms_norm = Operator(

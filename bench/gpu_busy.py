@@ -1,0 +1,62 @@
+"""How much of a call's time the GPU works, from the kernels' own time stamps."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Busy:
+    """A profiled call.
+
+    Args:
+        wall: seconds from call to return.
+        busy: seconds in which at least one kernel or copy ran.
+        kernels: (name, count, seconds), longest first.
+    """
+
+    wall: float
+    busy: float
+    kernels: list[tuple[str, int, float]]
+
+    @property
+    def share(self) -> float:
+        return self.busy / self.wall
+
+    @property
+    def launches(self) -> int:
+        return sum(count for _, count, _ in self.kernels)
+
+
+def profile(call: Callable[[], Any]) -> Busy:
+    """Runs the call once under torch.profiler; only the device is traced, which costs little time."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as tracer
+
+    torch.cuda.synchronize()
+    with tracer(activities=[ProfilerActivity.CUDA]) as trace:
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - start
+    events = [
+        (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
+        for event in trace.profiler.kineto_results.events()
+        if event.device_type() == DeviceType.CUDA
+    ]
+    busy, end = 0, 0
+    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for begin, stop, name in sorted(events):
+        busy += max(0, stop - max(begin, end))
+        end = max(end, stop)
+        totals[name][0] += 1
+        totals[name][1] += stop - begin
+    kernels = [(name, count, time_ns / 1e9) for name, (count, time_ns) in totals.items()]
+    return Busy(wall, busy / 1e9, sorted(kernels, key=lambda k: -k[2]))

@@ -1,0 +1,94 @@
+"""The layer loop for a few tokens: five kernels a layer where the usual loop takes nine and more.
+
+    qkv, residual = norm(residual + y) · Wqkvᵀ
+    y             = attention(qkv) · Woᵀ                      (norm and rotation of q and k inside)
+    h, residual   = swiglu(norm(residual + y) · Wgate_upᵀ)
+    y             = h · Wdownᵀ
+
+It computes the last layer for all tokens: reading its weights is what costs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jv5kernels.backbone import LayerWeights, PackedBackbone
+from jv5kernels.ops.registry import triton_unavailable
+from jv5kernels.ops.short_layer import HEAD_DIMS, SHORT_TOKENS, short_attention, short_linear
+from jv5kernels.packing import PackedBatch
+
+__all__ = ["forward_short", "takes_short_layers"]
+
+
+def takes_short_layers(backbone: PackedBackbone, tokens: int) -> bool:
+    """Whether a batch of so many tokens is better run with `forward_short`.
+
+    Not with batch_invariant, which promises one order of addition for all batches; nor with LoRA terms beside the
+    weights, nor for shapes that the kernels do not tile.
+    """
+    if backbone.batch_invariant or tokens > SHORT_TOKENS or backbone.attention != "auto":
+        return False
+    if backbone.device.type != "cuda" or triton_unavailable(backbone.device) is not None:
+        return False
+    is_half = backbone.dtype in (torch.float16, torch.bfloat16)
+    return (
+        is_half
+        and backbone.spec.head_dim in HEAD_DIMS
+        and all(map(_has_tiled_weights, backbone.layers))
+    )
+
+
+def _has_tiled_weights(layer: LayerWeights) -> bool:
+    from jv5kernels.kernels.short_layer import fits
+
+    weights = (layer.qkv, layer.o, layer.gate_up, layer.down)
+    rows = [w.weight.shape[0] // (2 if w is layer.gate_up else 1) for w in weights]
+    return all(
+        fits(n, w.weight.shape[1]) and not w.low_rank and w.weight.is_contiguous()
+        for n, w in zip(rows, weights, strict=True)
+    )
+
+
+def forward_short(backbone: PackedBackbone, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Returns the hidden states of all tokens before the final norm, (T, C) fp32, and their cu_seqlens.
+
+    Args:
+        batch: at most SHORT_TOKENS tokens, every one of them in a sequence.
+    """
+    spec = backbone.spec
+    residual = torch.nn.functional.embedding(batch.input_ids, backbone.embedding).float()
+    y: Tensor | None = None
+    for layer in backbone.layers:
+        qkv, residual = short_linear(
+            residual,
+            layer.qkv.weight,
+            y=y,
+            norm_weight=layer.input_norm,
+            eps=spec.rms_norm_eps,
+        )
+        attended = short_attention(
+            qkv,
+            backbone.rope,
+            batch.cu_seqlens,
+            batch.total_tokens,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            causal=spec.causal,
+            q_weight=layer.q_norm,
+            k_weight=layer.k_norm,
+            eps=spec.rms_norm_eps,
+        )
+        y, _ = short_linear(attended, layer.o.weight)
+        inner, residual = short_linear(
+            residual,
+            layer.gate_up.weight,
+            y=y,
+            norm_weight=layer.post_norm,
+            eps=spec.rms_norm_eps,
+            is_swiglu=True,
+        )
+        y, _ = short_linear(inner, layer.down.weight)
+    assert y is not None  # there is at least one layer
+    return residual.add_(y), batch.cu_seqlens

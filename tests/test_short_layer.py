@@ -1,0 +1,248 @@
+"""The kernels of a short layer against float64, and the short layer loop against the usual one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ragged
+from sm90 import Case, compile_for_sm90
+
+from jv5kernels.ops import rope_table, short_attention, short_linear
+from jv5kernels.ops.short_layer import SHORT_TOKENS
+
+# Relative to the norm of the reference: one rounding of the result, and of the normed rows before the product; under
+# the interpreter a truncation in place of either.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+DTYPES = list(TOLERANCE)
+IMPLS = ["triton", "torch"]
+EPS = 1e-6
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((out.double() - expected).norm() / expected.norm()).item()
+
+
+def skip_float32_on_cuda(impl: str, dtype: torch.dtype, device: torch.device) -> None:
+    if impl == "triton" and dtype == torch.float32 and device.type == "cuda":
+        pytest.skip("no such kernel")
+
+
+def draw(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 12, 17, 64])
+@pytest.mark.parametrize("form", ["plain", "norm", "add and norm", "swiglu"])
+def test_linear_matches_float64(form, rows, dtype, impl, device, poisoned_memory):
+    skip_float32_on_cuda(impl, dtype, device)
+    columns, inner = 64, 512
+    has_norm, is_swiglu = form != "plain", form == "swiglu"
+    like = {"dtype": dtype, "device": device}
+    x = draw(rows, inner, dtype=torch.float32 if has_norm else dtype, device=device, seed=0)
+    y = draw(rows, inner, seed=1, **like) if form in ("add and norm", "swiglu") else None
+    norm_weight = draw(inner, seed=2, **like) if has_norm else None
+    weight = draw(columns * (1 + is_swiglu), inner, seed=3, **like) / inner**0.5
+    out, total = short_linear(
+        x, weight, y=y, norm_weight=norm_weight, eps=EPS, is_swiglu=is_swiglu, impl=impl
+    )
+    expected = x.double() if y is None else x.double() + y.double()
+    if has_norm:
+        assert total.dtype == torch.float32
+        torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-6)
+        mean = expected.square().mean(-1, keepdim=True)
+        expected = expected * torch.rsqrt(mean + EPS) * norm_weight.double()
+    else:
+        assert total.numel() == 0
+    expected = expected @ weight.double().T
+    if is_swiglu:
+        gate, up = expected.chunk(2, -1)
+        expected = gate / (1 + torch.exp(-gate)) * up
+    assert out.shape == (rows, columns) and out.dtype == dtype
+    assert relative_error(out, expected) <= TOLERANCE[dtype]
+
+
+def attention_reference(qkv, heads, lengths, causal, q_weight, k_weight, theta) -> torch.Tensor:
+    """One head of one sequence at a time."""
+    num_heads, num_kv_heads, dim = heads
+    x = qkv.double().unflatten(-1, (-1, dim))
+    out = torch.zeros(qkv.shape[0], num_heads, dim, dtype=torch.float64, device=qkv.device)
+    table = rope_table(max(lengths), dim, theta, qkv.device).double()
+
+    def rotated(rows: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        if weight is not None:
+            mean = rows.square().mean(-1, keepdim=True)
+            rows = rows * torch.rsqrt(mean + EPS) * weight.double()
+        cos, sin = table[: len(rows)].chunk(2, -1)
+        a, b = rows.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    begin = 0
+    for length in lengths:
+        rows = slice(begin, begin + length)
+        for head in range(num_heads):
+            kv = num_heads + head // (num_heads // num_kv_heads)
+            q, k = rotated(x[rows, head], q_weight), rotated(x[rows, kv], k_weight)
+            scores = q @ k.T * dim**-0.5
+            if causal:
+                scores += torch.full_like(scores, float("-inf")).triu(1)
+            out[rows, head] = scores.softmax(-1) @ x[rows, kv + num_kv_heads]
+        begin += length
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[1], [12, 4], [3, 0, 20, 1, 0], [64], [0, 16, 0]])
+@pytest.mark.parametrize("family", ["small", "nano"])
+def test_attention_matches_float64(family, lengths, dtype, impl, device, poisoned_memory):
+    heads = (4, 2, 128) if family == "small" else (3, 3, 64)
+    num_heads, num_kv_heads, dim = heads
+    width = (num_heads + 2 * num_kv_heads) * dim
+    qkv = draw(sum(lengths), width, dtype=dtype, device=device, seed=0)
+    weights: dict[str, torch.Tensor | None] = {"q_weight": None, "k_weight": None}
+    if family == "small":
+        weights = {
+            name: draw(dim, dtype=dtype, device=device, seed=i) for i, name in enumerate(weights)
+        }
+    out = short_attention(
+        qkv,
+        rope_table(SHORT_TOKENS, dim, 10000.0, device),
+        ragged(lengths, device),
+        max(lengths),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=dim,
+        causal=family == "small",
+        **weights,
+        eps=EPS,
+        impl=impl,
+    )
+    expected = attention_reference(qkv, heads, lengths, family == "small", **weights, theta=10000.0)
+    assert out.shape == expected.shape and out.dtype == dtype
+    assert relative_error(out, expected) <= TOLERANCE[dtype]
+
+
+def test_a_sequence_does_not_see_its_neighbours():
+    lengths = [5, 9, 7]
+    qkv = draw(21, 3 * 64, dtype=torch.float32, device=torch.device("cpu"), seed=0)
+    table = rope_table(64, 64, 10000.0, "cpu")
+    options = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 64, "causal": False, "impl": "triton"}
+    together = short_attention(qkv, table, ragged(lengths), 9, **options)
+    qkv[:5], qkv[14:] = float("nan"), float("inf")
+    alone = short_attention(qkv, table, ragged(lengths), 9, **options)
+    assert torch.equal(alone[5:14], together[5:14])
+
+
+def test_errors_name_the_argument():
+    x, weight = torch.ones(2, 512), torch.ones(64, 512)
+    with pytest.raises(ValueError, match="x has 65 rows: at most 64"):
+        short_linear(torch.ones(65, 512), weight)
+    with pytest.raises(ValueError, match="y is added before the norm"):
+        short_linear(x, weight, y=x)
+    with pytest.raises(TypeError, match="x has dtype float32: allowed are bfloat16"):
+        short_linear(x, weight.bfloat16())
+    with pytest.raises(ValueError, match="N in steps of 32 and K in steps of 256"):
+        short_linear(torch.ones(2, 100), torch.ones(64, 100), impl="triton")
+    with pytest.raises(ValueError, match="weight has 65 rows"):
+        short_linear(x, torch.ones(65, 512), is_swiglu=True)
+    table = rope_table(64, 32, 10000.0, "cpu")
+    options = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 32, "causal": True}
+    with pytest.raises(ValueError, match="max_seqlen=65"):
+        short_attention(torch.ones(65, 96), table, ragged([65]), 65, **options)
+    with pytest.raises(ValueError, match="q_weight and k_weight go together"):
+        short_attention(
+            torch.ones(2, 96), table, ragged([2]), 2, q_weight=torch.ones(32), **options
+        )
+
+
+def test_opcheck(device):
+    dtype = torch.bfloat16
+    x = draw(3, 256, dtype=torch.float32, device=device, seed=0)
+    weight = draw(64, 256, dtype=dtype, device=device, seed=1)
+    y, norm = weight[:3].contiguous(), weight[0].contiguous()
+    linear, attention = (
+        getattr(torch.ops.jv5kernels, name) for name in ("short_linear", "short_attention")
+    )
+    torch.library.opcheck(linear, (x, weight, y, norm, EPS, True, "auto"))
+    torch.library.opcheck(linear, (y, weight, None, None, EPS, False, "auto"))
+    qkv = draw(3, 96, dtype=dtype, device=device, seed=2)
+    table = rope_table(3, 32, 10000.0, device)
+    bounds = ragged([1, 2], device)
+    torch.library.opcheck(
+        attention, (qkv, table, bounds, 2, [1, 1, 32], True, None, None, EPS, "auto")
+    )
+
+
+def linear_cases() -> list[Case]:
+    from jv5kernels.kernels.short_layer import LINEAR_WARPS, STEPS, columns_of_tile
+
+    cases = []
+    # (N, K) of small's and nano's projections: with a norm, plain, with SwiGLU
+    shapes = [
+        *((n, k, True, False) for n, k in ((4096, 1024), (2304, 768))),
+        *((n, k, False, False) for n, k in ((1024, 2048), (1024, 3072), (768, 768), (768, 3072))),
+        *((n, k, True, True) for n, k in ((3072, 1024), (3072, 768))),
+    ]
+    for n, k, has_norm, is_swiglu in shapes:
+        for rows in (16, 32, 64):
+            step, stages = STEPS[has_norm, rows]
+            signature = {"x": "*fp32" if has_norm else "*bf16", "weight": "*bf16", "out": "*bf16"}
+            signature |= {"T": "i32", "eps": "fp32"}
+            constants: dict[str, object] = {"N": n, "K": k, "BM": rows, "BN": columns_of_tile(n)}
+            constants |= {"BK": step, "HAS_NORM": has_norm, "HAS_Y": has_norm}
+            constants |= {"IS_SWIGLU": is_swiglu, "IS_CHAINED": True}
+            constants["LINES"] = 1 << (k // 64 - 1).bit_length()
+            optional = {"y": "*bf16", "norm_weight": "*bf16", "total": "*fp32"}
+            if has_norm:
+                signature |= optional
+            else:
+                constants |= dict.fromkeys(optional)
+            module = "jv5kernels.kernels.short_layer"
+            cases.append(
+                Case(
+                    module, "short_linear_kernel", signature, constants, LINEAR_WARPS[rows], stages
+                )
+            )
+    return cases
+
+
+def test_compiles_for_sm90_without_spills_and_with_pipelined_loads():
+    for case, report in zip(linear_cases(), compile_for_sm90(linear_cases()), strict=True):
+        assert report.shared <= 227 * 1024 and report.local == 0, case
+        # A few bytes of stack hold predicates; spills would take hundreds.
+        assert report.stack <= 32, (report.stack, case)
+        assert "cp.async" in report.ptx and ".f64" not in report.ptx
+        assert ("wgmma" if case.constants["BM"] == 64 else "mma.sync") in report.ptx
+        before, after = report.ptx.split("griddepcontrol.wait")
+        assert "prefetch.global.L2" in before and "prefetch.global.L2" not in after
+        check_nothing_moves_before_the_wait(before)
+
+
+def check_nothing_moves_before_the_wait(before: str) -> None:
+    """Memory that the kernel before may write is neither read nor written until it is done."""
+    for instruction in ("ld.global", "st.global", "cp.async", "launch_dependents"):
+        assert instruction not in before, instruction
+
+
+def test_attention_compiles_for_sm90():
+    cases = []
+    for rows in (16, 32, 64):
+        for heads, kv_heads, dim, causal in ((16, 8, 128, True), (12, 12, 64, False)):
+            signature = {"qkv": "*bf16", "cos_sin": "*fp32", "cu_seqlens": "*i32", "out": "*bf16"}
+            signature |= {"eps": "fp32", "scale": "fp32"}
+            constants: dict[str, object] = {"HQ": heads, "HK": kv_heads, "D": dim, "BT": rows}
+            constants |= {"IS_CAUSAL": causal, "HAS_NORM": causal, "IS_CHAINED": True}
+            optional = {"q_weight": "*bf16", "k_weight": "*bf16"}
+            if causal:
+                signature |= optional
+            else:
+                constants |= dict.fromkeys(optional)
+            module = "jv5kernels.kernels.short_layer"
+            cases.append(Case(module, "short_attention_kernel", signature, constants))
+    for report in compile_for_sm90(cases):
+        report.check()
+        before, _ = report.ptx.split("griddepcontrol.wait")
+        check_nothing_moves_before_the_wait(before)
