@@ -238,6 +238,13 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train(options: argparse.Namespace) -> int:
+    from jv5kernels.training.command import train
+
+    print(train(options, tell=lambda text: print(text, file=sys.stderr)))
+    return 0
+
+
 # What several commands share.
 
 
@@ -315,4 +322,5 @@ COMMANDS: dict[str, Command] = {
     "info": _info,
     "demo": _demo,
     "report": _report,
+    "train": _train,
 }

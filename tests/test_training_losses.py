@@ -22,7 +22,7 @@ def unit(x):
 
 def test_cosine_distillation():
     student, teacher = random(5, 7), random(5, 7, seed=1)
-    expected = sum(1 - float(unit(s) @ unit(t)) for s, t in zip(student, teacher)) / 5
+    expected = sum(1 - float(unit(s) @ unit(t)) for s, t in zip(student, teacher, strict=True)) / 5
     assert losses.cosine_distillation(student, teacher).item() == pytest.approx(expected, rel=1e-12)
     assert losses.cosine_distillation(student, 3 * student).item() == pytest.approx(0, abs=1e-12)
     assert losses.cosine_distillation(student, -student).item() == pytest.approx(2)

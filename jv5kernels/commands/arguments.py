@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_demo(commands)
     _add_report(commands)
+    _add_train(commands)
     return result
 
 
@@ -353,6 +354,13 @@ def _add_report(commands: Any) -> None:
     )
     _add_limits(parser)
     _add_json(parser)
+
+
+def _add_train(commands: Any) -> None:
+    from jv5kernels.training.arguments import EXAMPLES, add_arguments
+
+    summary = "Train a small model of the same layout by the paper's regimen."
+    add_arguments(_command(commands, "train", summary, epilog=EXAMPLES))
 
 
 def _positive(text: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from jv5kernels.training.batches import Batches
@@ -27,7 +27,12 @@ class StageTrainer(Trainer):
     """Trainer whose dataset gives whole batches in order, and whose log has every loss by itself."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        return SequentialSampler(self.batches)
+
+    @property
+    def batches(self) -> Batches:
+        assert isinstance(self.train_dataset, Batches)
+        return self.train_dataset
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         objective: Any = self.model
@@ -81,9 +86,11 @@ def run_stage(
         dataloader_pin_memory=device == "cuda",
         accelerator_config={"non_blocking": device == "cuda"},
     )
+    # The losses go to the log that is returned; nothing is printed at each of them.
     trainer = StageTrainer(
         model=objective, args=arguments, train_dataset=batches, data_collator=_whole_batch
     )
+    trainer.remove_callback(PrinterCallback)
     if stop_at is not None:
         trainer.add_callback(_stopper(stop_at))
     last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None

@@ -123,7 +123,7 @@ def with_adapter(backbone: nn.Module, task: str, rank: int) -> Any:
     settings = adapter_config(task, rank)
     wanted = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "init_lora_weights")
     config = LoraConfig(**{key: settings[key] for key in wanted})
-    return get_peft_model(backbone, config)  # type: ignore[arg-type]
+    return get_peft_model(backbone, config)
 
 
 def adapter_tensors(model: Any) -> dict[str, Tensor]:

@@ -1,0 +1,136 @@
+"""The work of `jv5kernels train`: a training run, its ablation, its scores and its pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jv5kernels.training.recipe import RECIPE, Recipe
+
+if TYPE_CHECKING:
+    from jv5kernels.training.corpus import Package
+    from jv5kernels.training.run import Run
+
+__all__ = ["ABLATION", "ablate", "train"]
+
+# A run of the ablation is shorter than the recipe's: only its two kinds are compared.
+ABLATION_STEPS, ABLATION_BATCH = 150, 768
+ABLATION = ("with", "without")
+NEEDED = {
+    "accelerate": "accelerate",
+    "bm25s": "bm25s",
+    "matplotlib": "matplotlib",
+    "sentence_transformers": "sentence-transformers",
+    "sklearn": "scikit-learn",
+}
+
+
+def train(options: argparse.Namespace, tell: Callable[[str], object] = print) -> Path:
+    """Trains, evaluates and draws as the command line says; returns the folder of the finished model.
+
+    Raises:
+        FileNotFoundError: the corpus is not there.
+        ImportError: a package of the extra ``train`` is missing.
+        ValueError: an unknown task, or a corpus without packages to train on or to watch.
+    """
+    check_packages(NEEDED)
+    if not options.corpus.is_file():
+        raise FileNotFoundError(f"there is no corpus {options.corpus}")
+    from jv5kernels.device import resolve_device
+    from jv5kernels.training.corpus import read_packages
+    from jv5kernels.training.run import Run
+    from jv5kernels.training.teacher import default_teacher
+
+    recipe = recipe_of(options)
+    teacher = options.teacher or str(default_teacher())
+    packages = read_packages(options.corpus)[: options.packages]
+    device = resolve_device(options.device).type
+    run = Run(options.out, packages, teacher, recipe, device, not options.no_progress, tell)
+    run.prepare()
+    if options.seconds is not None:
+        run.pace(options.seconds)
+    run.distil()
+    run.save_log()
+    for task in run.recipe.adapters:
+        run.write(task, run.adapt(task))
+        run.save_log()
+    tell(f"the model is in {run.model}")
+    ablate(run, options.ablation, options.ablation_seconds)
+    from jv5kernels.training.pictures import draw_losses
+
+    draw_losses(run.log["history"], options.out / "losses.png")
+    if not options.no_scores:
+        write_scores(run, packages, teacher, device)
+    return run.model
+
+
+def check_packages(needed: Mapping[str, str]) -> None:
+    """Raises ImportError when a package of the extra is not there."""
+    missing = [name for module, name in needed.items() if find_spec(module) is None]
+    if missing:
+        raise ImportError(f"training needs {', '.join(missing)}: pip install 'jv5kernels[train]'")
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe with what the command line changes.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    recipe = replace(RECIPE, seed=options.seed).scaled(options.scale, options.batch)
+    unknown = set(options.tasks or ()) - set(recipe.adapters)
+    if unknown:
+        raise ValueError(f"--task {min(unknown)} is unknown: choose of {list(recipe.adapters)}")
+    kept = {t: s for t, s in recipe.adapters.items() if not options.tasks or t in options.tasks}
+    return replace(recipe, adapters=kept)
+
+
+def ablate(run: Run, seeds: int, seconds: float) -> None:
+    """Trains the retrieval adapter with and without the orthogonal regulariser, pair by pair while there is time.
+
+    Each adapter is written as soon as it is trained, to ablation/<with or without>-<seed>/ of the run's folder.
+    """
+    from jv5kernels.training.student import write_adapter
+
+    retrieval = run.recipe.adapters.get("retrieval", RECIPE.adapters["retrieval"])
+    without = {name: w for name, w in retrieval.weights.items() if name != "orthogonal"}
+    weights = dict(zip(ABLATION, (retrieval.weights, without), strict=True))
+    started, longest = time.perf_counter(), 0.0
+    for seed in range(1, seeds + 1):
+        began = time.perf_counter()
+        if began + longest - started > seconds:
+            run.tell(f"no time for seed {seed} of the ablation")
+            return
+        for kind in ABLATION:
+            stage = replace(
+                retrieval,
+                weights=weights[kind],
+                steps=min(retrieval.steps, ABLATION_STEPS),
+                batch=min(retrieval.batch, ABLATION_BATCH),
+            )
+            name = f"{kind}-{seed}"
+            tensors = run.adapt("retrieval", stage=stage, seed=seed, name=f"ablation-{name}")
+            write_adapter(run.folder / "ablation" / name, "retrieval", tensors)
+            run.save_log()
+        longest = max(longest, time.perf_counter() - began)
+
+
+def write_scores(run: Run, packages: Iterable[Package], teacher: str, device: str) -> Path:
+    """Scores everything on the split "test" and writes scores.json and scores.png beside the model."""
+    from jv5kernels.training.pictures import draw_scores
+    from jv5kernels.training.score_card import score_ablation, score_card
+
+    scores = score_card(run.model, list(packages), teacher, device=device, tell=run.tell)
+    scores += score_ablation(run.model, run.folder / "ablation", list(packages), device=device)
+    path = run.folder / "scores.json"
+    path.write_text(json.dumps([vars(score) for score in scores], indent=1) + "\n", "utf-8")
+    draw_scores(scores, run.folder / "scores.png")
+    for score in scores:
+        run.tell(f"{score.work}, {score.impl}: {score.metric} {score.value:.4f}")
+    return path
