@@ -2,6 +2,8 @@
 
 python bench/bench_attention.py            the shipped configurations, at 32768 tokens a batch
 python bench/bench_attention.py --sweep    candidate launch configurations of the Triton kernel side by side
+
+What was tried for the Gluon kernel, and what it gave, is in log_attention.md.
 """
 
 from __future__ import annotations
@@ -188,7 +190,9 @@ def variants(problem: Problem) -> tuple[dict[str, Callable[[], torch.Tensor]], s
         calls = {"ours (torch)": ours(problem, "torch")}
         peer = "padded SDPA" if is_ragged else "SDPA"
         return calls | {peer: padded(problem) if is_ragged else sdpa(problem, None)}, peer
-    calls = {"ours (triton)": ours(problem, "triton")}
+    is_hopper = torch.cuda.get_device_capability()[0] == 9
+    calls = {"ours (gluon)": ours(problem, "gluon")} if is_hopper else {}
+    calls["ours (triton)"] = ours(problem, "triton")
     if is_ragged:
         calls["flash varlen"] = flash_varlen(problem)
     else:

@@ -1,73 +1,336 @@
-"""embed_output against the same steps in eager torch and the device's copy bandwidth.
+"""The output stage: hidden states to embeddings and to bytes.
 
 python bench/bench_embed_output.py
+python bench/bench_embed_output.py --sweep    milliseconds of a mean for candidate launch configurations
+
+On CUDA, kernels are replayed from a graph with a cold L2 cache, so that only the device is timed, and
+held against a copy that moves as many bytes, or against a kernel that does nothing. From hidden states
+on the device to bytes in host memory, they are held against Transformers' RMSNorm, Sentence
+Transformers' pooling and its quantisation, calls and copies included.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import Work, cpu_benchmarks, main
+from harness import (
+    Work,
+    cpu_benchmarks,
+    print_records,
+    record,
+    relative_error,
+    time_interleaved,
+    write_records,
+)
 
 from jv5kernels.ops import embed_output
 
 EPS = 1e-6
 NAME = "embed_output"
+WIDTH = 1024
+PEER = "Transformers + Sentence Transformers"
+COPY = "copy of as many bytes"
+EMPTY = "empty kernel"
 
 
-def works(device: str) -> list[Work]:
-    """One full batch of short texts and one long text, at the width of small."""
-    tokens, dtype = (32768, torch.bfloat16) if device == "cuda" else (8192, torch.float32)
-    ours = "triton" if device == "cuda" else "cpp"
-    works = [
-        work(mode, sequences, tokens // sequences, dim, dtype, device, ours)
-        for mode in ("mean", "lasttoken")
-        for sequences in (tokens // 512, 1)
-        for dim in (1024, 256)
-    ]
-    return works + ([empty_kernel()] if device == "cuda" else [])
+class Problem:
+    """Sequences of equal length with the weight of the final norm."""
+
+    def __init__(self, sequences: int, length: int, dtype: torch.dtype, device: str) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (sequences * length, WIDTH)
+        self.hidden = torch.randn(shape, generator=generator, device=device).to(dtype)
+        self.weight = torch.rand(WIDTH, generator=generator, device=device).to(dtype)
+        self.offsets = torch.arange(sequences + 1, dtype=torch.int32, device=device) * length
+        self.sequences, self.length = sequences, length
+        self.name = f"{sequences}x{length} C={WIDTH} {str(dtype)[6:]}"
+
+    def ours(self, mode: str, precision: str = "float32", **options: Any) -> torch.Tensor:
+        options |= {"mode": mode, "norm_weight": self.weight, "eps": EPS, "precision": precision}
+        return embed_output(self.hidden, self.offsets, **options)[0]
+
+    def expected(self, mode: str) -> torch.Tensor:
+        """The float64 embeddings."""
+        tokens = self.hidden.double().view(self.sequences, self.length, WIDTH)
+        if mode == "lasttoken":
+            tokens = tokens[:, -1:]
+        tokens = tokens / (tokens.square().mean(-1, keepdim=True) + EPS).sqrt()
+        return F.normalize(tokens.mean(1) * self.weight.double(), dim=-1)
+
+    def theirs(self, mode: str) -> Callable[[], torch.Tensor]:
+        """Bits in host memory by the modules that Transformers and Sentence Transformers use."""
+        from sentence_transformers.models import Pooling
+        from sentence_transformers.util import quantize_embeddings
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+        norm = Qwen3RMSNorm(WIDTH, EPS).to(self.hidden.device, self.hidden.dtype)
+        norm.weight.data.copy_(self.weight)
+        pooling = Pooling(WIDTH, pooling_mode=mode)
+        padded = self.hidden.view(self.sequences, self.length, WIDTH)
+        mask = torch.ones(padded.shape[:2], dtype=torch.int64, device=self.hidden.device)
+
+        @torch.inference_mode()
+        def run() -> torch.Tensor:
+            features = {"token_embeddings": norm(padded), "attention_mask": mask}
+            embeddings = F.normalize(pooling(features)["sentence_embedding"].float(), dim=-1)
+            return torch.from_numpy(quantize_embeddings(embeddings.cpu(), "ubinary"))
+
+        return run
 
 
-def eager(hidden, offsets, weight, mode: str, length: int, dim: int) -> torch.Tensor:
-    """What the vendor's and Sentence Transformers' code does: norm all tokens, pool, slice, normalise."""
-    width = hidden.shape[1]
-    normed = F.rms_norm(hidden, (width,), weight, EPS)
-    if mode == "mean":
-        pooled = normed.view(-1, length, width).float().mean(1)
-    else:
-        pooled = normed[offsets[1:].long() - 1].float()
-    return F.normalize(pooled[:, :dim], dim=-1)
+def wrong_bits(bits: torch.Tensor, embeddings: torch.Tensor) -> float:
+    """The share of bits that differ from the signs of float64 embeddings."""
+    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+    found = (bits.cpu()[..., None] & weights).ne(0).flatten(1)
+    return found.ne(embeddings.cpu() > 0).double().mean().item()
 
 
-def work(
-    mode: str, sequences: int, length: int, dim: int, dtype: torch.dtype, device: str, ours: str
-) -> Work:
-    width = 1024
-    generator = torch.Generator(device).manual_seed(0)
-    hidden = torch.randn(sequences * length, width, generator=generator, device=device).to(dtype)
-    weight = torch.rand(width, generator=generator, device=device).to(dtype)
-    offsets = torch.arange(sequences + 1, dtype=torch.int32, device=device) * length
-    options = {"mode": mode, "norm_weight": weight, "eps": EPS, "truncate_dim": dim}
-    read = hidden.nbytes if mode == "mean" else sequences * width * hidden.element_size()
-    return Work(
-        name=f"embed_output {mode} {sequences}x{length} C={width} dim={dim} {str(dtype)[6:]}",
-        variants={
-            f"ours ({ours})": lambda: embed_output(hidden, offsets, **options, impl=ours)[0],
-            "torch": lambda: eager(hidden, offsets, weight, mode, length, dim),
-        },
-        reference=lambda: eager(hidden.double(), offsets, weight.double(), mode, length, dim),
-        tolerance=5e-3 if dtype == torch.bfloat16 else 2e-6,
-        bytes=read + weight.nbytes + sequences * (4 * dim + 1),
+def check_bits(bits: torch.Tensor, embeddings: torch.Tensor, limit: float, name: str) -> None:
+    share = wrong_bits(bits, embeddings)
+    assert share <= limit, f"{name}: {share:.1e} of the bits are wrong"
+
+
+def replayed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call` as a replay of a CUDA graph: the device's time without Python's."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def copy_of(total_bytes: int) -> Callable[[], Any]:
+    """A copy on the device that reads and writes so many bytes in all."""
+    source = torch.randint(255, (total_bytes // 2,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def empty_kernel() -> Callable[[], Any]:
+    """The launch of a kernel that does nothing."""
+    import triton
+
+    @triton.jit
+    def nothing(p):
+        pass
+
+    p = torch.empty(1, device="cuda")
+    return lambda: nothing[(1,)](p)
+
+
+def span_kernels(problem: Problem, spans: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The two kernels of span means, with the tables that the host makes of the spans made once."""
+    from jv5kernels.kernels.embed_output import FEW_CHUNKS, Target, launch_means
+    from jv5kernels.kernels.pool import CHUNK, launch_chunk_sums
+    from jv5kernels.ops.pool import span_tables
+
+    rows, device = len(spans), problem.hidden.device
+    chunks, table, arrivals = span_tables(spans, device)
+    partials = torch.empty((len(chunks), WIDTH), device=device)
+    out = torch.empty((rows, WIDTH), device=device)
+    flags = torch.empty(rows, dtype=torch.uint8, device=device)
+    target = Target(out, flags, WIDTH, True, None)
+
+    has_shared_rows = bool((spans[:, 1] - spans[:, 0] > FEW_CHUNKS * CHUNK).any())
+
+    def run() -> torch.Tensor:
+        if has_shared_rows:  # The operator sends zeros with its tables.
+            arrivals.zero_()
+        launch_chunk_sums(problem.hidden, None, chunks, True, EPS, partials, arrivals)
+        launch_means(partials, None, table, arrivals, problem.weight, target)
+        return out
+
+    return run
+
+
+def device_record(
+    name: str, impl: str, call: Callable, peer: str, peer_call: Callable, moved: int
+) -> dict[str, Any]:
+    """Milliseconds of kernels against those of a peer, both replayed from graphs in turns."""
+    timings = time_interleaved({impl: replayed(call), peer: replayed(peer_call)}, rounds=5)
+    ours, theirs = timings[impl], timings[peer]
+    return record(
+        name,
+        impl,
+        "ms",
+        ours.p50,
+        "ms",
+        device="cuda",
+        peer=peer,
+        peer_value=theirs.p50,
+        ratio=theirs.p50 / ours.p50,
+        p20=ours.p20,
+        p80=ours.p80,
+        GB_per_s=moved / ours.p50 / 1e6,
     )
 
 
-def empty_kernel() -> Work:
-    """The shortest launch there is, the yardstick of last-token pooling."""
-    out = torch.empty(1, device="cuda")
-    return Work("one-element fill", {"torch": out.zero_}, lambda: out * 0, 0.0, bytes=4)
+def error_record(name: str, error: float) -> dict[str, Any]:
+    return record(name, "triton", "relative_error", error, "", device="cuda")
+
+
+def mean_records(problem: Problem) -> list[dict[str, Any]]:
+    """Means: the error against float64, the share of the copy's speed, and the way to bits on the host."""
+    expected = problem.expected("mean")
+    error = relative_error(problem.ours("mean"), expected)
+    assert error <= 1e-6, f"mean {problem.name}: relative error {error:.1e}"
+    check_bits(problem.ours("mean", "ubinary"), expected, 1e-4, problem.name)
+    moved = problem.hidden.nbytes
+    records = [error_record(f"mean {problem.name}", error)]
+    for precision in ("float32", "ubinary"):
+        name = f"mean {problem.name} to {precision}"
+        call = lambda p=precision: problem.ours("mean", p)  # noqa: E731
+        records.append(device_record(name, "triton", call, COPY, copy_of(moved), moved))
+    return [*records, host_record(problem, "mean")]
+
+
+def host_record(problem: Problem, mode: str) -> dict[str, Any]:
+    """Hidden states on the device to bits in host memory, calls and copies included."""
+    name = f"{mode} {problem.name} to ubinary on the host"
+    theirs = problem.theirs(mode)
+    # Their bits are those of embeddings rounded to the dtype of hidden.
+    limit = 1e-4 if problem.hidden.dtype == torch.float32 else 1e-2
+    check_bits(theirs(), problem.expected(mode), limit, f"{name}, {PEER}")
+    calls = {"triton": lambda: problem.ours(mode, "ubinary").cpu(), PEER: theirs}
+    timings = time_interleaved(calls, rounds=5)
+    return record(
+        name,
+        "triton",
+        "ms",
+        timings["triton"].p50,
+        "ms",
+        device="cuda",
+        peer=PEER,
+        peer_value=timings[PEER].p50,
+        ratio=timings[PEER].p50 / timings["triton"].p50,
+        bytes_per_vector=problem.ours(mode, "ubinary")[0].nbytes,
+    )
+
+
+def token_records(problem: Problem) -> list[dict[str, Any]]:
+    """Last-token pooling against a kernel that does nothing."""
+    expected = problem.expected("lasttoken")
+    error = relative_error(problem.ours("lasttoken"), expected)
+    assert error <= 1e-6, f"lasttoken {problem.name}: relative error {error:.1e}"
+    check_bits(problem.ours("lasttoken", "ubinary"), expected, 1e-4, problem.name)
+    moved = problem.sequences * WIDTH * (problem.hidden.element_size() + 4)
+    return [
+        device_record(
+            f"lasttoken {problem.name} to {precision}",
+            "triton",
+            lambda p=precision: problem.ours("lasttoken", p),
+            EMPTY,
+            empty_kernel(),
+            moved,
+        )
+        for precision in ("float32", "ubinary")
+    ]
+
+
+def span_records(problem: Problem) -> list[dict[str, Any]]:
+    """Spans that cover one long text, alone and with the whole text beside them."""
+    total = len(problem.hidden)
+    starts = torch.arange(0, total, 180, dtype=torch.int32)
+    chunks = torch.stack([starts, (starts + 180).clamp(max=total)], 1)
+    whole = torch.tensor([[0, total]], dtype=torch.int32)
+    records = []
+    for spans, kind in [(chunks, "180 tokens each"), (torch.cat([chunks, whole]), "and the whole")]:
+        run = span_kernels(problem, spans)
+        expected = embed_output(
+            problem.hidden.double(),
+            problem.offsets,
+            mode="mean",
+            spans=spans,
+            norm_weight=problem.weight.double(),
+            eps=EPS,
+            impl="torch",
+        )[0]
+        error = relative_error(run(), expected)
+        name = f"spans of {problem.name}: {len(chunks)} of {kind}"
+        assert error <= 1e-6, f"{name}: relative error {error:.1e}"
+        row_bytes = WIDTH * problem.hidden.element_size()
+        moved = int((spans[:, 1] - spans[:, 0]).sum()) * row_bytes
+        records.append(device_record(name, "triton", run, COPY, copy_of(moved), moved))
+    return records
+
+
+def run_on_cuda() -> None:
+    records: list[dict[str, Any]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for sequences in (64, 1):
+            problem = Problem(sequences, 32768 // sequences, dtype, "cuda")
+            records += mean_records(problem) + token_records(problem)
+        records += span_records(problem)
+    print_records(r | {"ratio": r["ratio"] if r["peer"] else None} for r in records)
+    print(write_records(NAME, records))
+
+
+def sweep() -> None:
+    """Prints what a mean takes for sizes of chunks and numbers of values that a lane loads at once."""
+    from jv5kernels.kernels import embed_output as second
+    from jv5kernels.kernels import pool as first
+
+    shapes = [(64, 512), (182, 180), (1, 32768)]
+    for dtype in (torch.float32, torch.bfloat16):
+        problems = [Problem(*shape, dtype, "cuda") for shape in shapes]
+        expected = [problem.expected("mean") for problem in problems]
+        for chunk, lane_values in product((32, 64, 128), (32, 64, 128)):
+            first.CHUNK = second.CHUNK = chunk
+            first.LANE_VALUES = lane_values
+            calls = {}
+            for problem, embeddings in zip(problems, expected, strict=True):
+                error = relative_error(problem.ours("mean"), embeddings)
+                assert error <= 1e-6, f"{problem.name}: relative error {error:.1e}"
+                calls[problem.name] = replayed(lambda p=problem: p.ours("mean", "ubinary"))
+            timings = time_interleaved(calls)
+            line = "  ".join(f"{name} {timing.p50:.4f}" for name, timing in timings.items())
+            print(f"chunk {chunk:3} lane values {lane_values:3}  {line}", flush=True)
+
+
+def works(device: str) -> list[Work]:
+    """CPU: means to bits, against the peers' modules."""
+    return [cpu_work(sequences, 8192 // sequences) for sequences in (16, 1)]
+
+
+def cpu_work(sequences: int, length: int) -> Work:
+    problem = Problem(sequences, length, torch.float32, "cpu")
+    signs = lambda bits: torch.from_numpy(np.unpackbits(bits.numpy(), axis=-1))  # noqa: E731
+    return Work(
+        name=f"mean {problem.name} to ubinary",
+        variants={
+            "ours (cpp)": lambda: problem.ours("mean", "ubinary"),
+            PEER: problem.theirs("mean"),
+        },
+        reference=lambda: (problem.expected("mean") > 0).double(),
+        tolerance=0.01,
+        bytes=problem.hidden.nbytes,
+        peer=PEER,
+        sample=signs,
+    )
 
 
 test_embed_output = cpu_benchmarks(NAME, works)
 
 if __name__ == "__main__":
-    main(NAME, works, __file__)
+    parser = argparse.ArgumentParser(description=f"Benchmark of {NAME}")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
+    parser.add_argument("--sweep", action="store_true", help="candidate configurations; CUDA")
+    arguments = parser.parse_args()
+    if arguments.sweep:
+        sweep()
+    elif arguments.device == "cuda":
+        run_on_cuda()
+    else:
+        import pytest
+
+        sys.exit(pytest.main([__file__, "--benchmark-only", "-q"]))

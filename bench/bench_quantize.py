@@ -1,20 +1,27 @@
 """quantize_int8 and quantize_binary against Sentence Transformers' quantize_embeddings: the same bytes.
 
 python bench/bench_quantize.py
+
+Calls are timed in turns and the fastest of the rounds counts. Beside the ratio stands the share of the
+time in which torch.sum reads the same embeddings on the same threads: what memory allows.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
-from harness import Work, cpu_benchmarks, main
+from harness import print_records, record, time_interleaved, time_on_host, write_records
 
 from jv5kernels.ops import quantize_binary, quantize_int8
 
 NAME = "quantize"
 ROWS, DIM = 100_000, 1024
 PEER = "Sentence Transformers"
+READ = "torch.sum"
 
 
 @lru_cache
@@ -32,32 +39,54 @@ def theirs(device: str, precision: str) -> torch.Tensor:
     return torch.from_numpy(quantize_embeddings(x, precision, ranges=ranges.cpu().numpy()))
 
 
-def works(device: str) -> list[Work]:
-    """Both kinds of output, from embeddings that lie on the device."""
-    return [work(device, precision) for precision in ("ubinary", "int8")]
-
-
-def work(device: str, precision: str) -> Work:
-    ours = "torch" if device == "cuda" else "cpp"
+def ours(device: str, precision: str) -> torch.Tensor:
     x, ranges = inputs(device)
+    if precision in ("binary", "ubinary"):
+        return quantize_binary(x, precision)
+    return quantize_int8(x, ranges, precision)
 
-    def quantised() -> torch.Tensor:
-        if precision == "ubinary":
-            return quantize_binary(x, precision, impl=ours).cpu()
-        return quantize_int8(x, ranges, precision, impl=ours).cpu()
 
-    written = ROWS * (DIM // 8 if precision == "ubinary" else DIM)
-    return Work(
-        name=f"{precision} {ROWS}x{DIM} float32",
-        variants={f"ours ({ours})": quantised, PEER: lambda: theirs(device, precision)},
-        reference=lambda: theirs(device, precision),
-        tolerance=0.0,
-        bytes=x.nbytes + written,
+def measure(device: str, precision: str, times: Callable[..., Any]) -> dict[str, Any]:
+    """One record; on CUDA both ways end in host memory."""
+    assert torch.equal(ours(device, precision).cpu(), theirs(device, precision)), (
+        f"{precision}: other bytes than theirs"
+    )
+    x, _ = inputs(device)
+    impl = "triton" if device == "cuda" else "cpp"
+    calls = {
+        impl: lambda: ours(device, precision).cpu(),
+        PEER: lambda: theirs(device, precision),
+        READ: x.sum,
+    }
+    timings = times(calls)
+    moved = x.nbytes + ours(device, precision).nbytes
+    return record(
+        f"{precision} {ROWS}x{DIM} float32",
+        impl,
+        "ms",
+        timings[impl].p50,
+        "ms",
+        device=device,
         peer=PEER,
+        peer_value=timings[PEER].p50,
+        ratio=timings[PEER].p50 / timings[impl].p50,
+        p20=timings[impl].p20,
+        p80=timings[impl].p80,
+        GB_per_s=moved / timings[impl].p50 / 1e6,
+        read_ms=timings[READ].p50,
     )
 
 
-test_quantize = cpu_benchmarks(NAME, works)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=f"Benchmark of {NAME}")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
+    device = parser.parse_args().device
+    times = time_interleaved if device == "cuda" else time_on_host
+    records = [measure(device, p, times) for p in ("binary", "ubinary", "int8", "uint8")]
+    print_records(records)
+    print(write_records(NAME if device == "cuda" else f"{NAME}-cpu", records))
+
 
 if __name__ == "__main__":
-    main(NAME, works, __file__)
+    main()

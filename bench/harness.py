@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -72,11 +73,27 @@ def gate(work: Work, label: str, reference: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call: the median and the 20th and 80th percentiles."""
+    """Milliseconds a call: the median (`time_on_host`: the fastest) and the 20th and 80th percentiles."""
 
     p50: float
     p20: float
     p80: float
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph, so that the time of a short kernel is not that of its launch from Python."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def time_interleaved(
@@ -95,6 +112,22 @@ def time_interleaved(
         label: Timing(*(statistics.median(column) for column in zip(*rows, strict=True)))
         for label, rows in samples.items()
     }
+
+
+def time_on_host(calls: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, Timing]:
+    """Times CPU calls in turns; `p50` is the fastest of the rounds, which a shared machine disturbs least."""
+    samples: dict[str, list[float]] = {label: [] for label in calls}
+    for _ in range(rounds):
+        for label, call in calls.items():
+            start = time.perf_counter()
+            call()
+            samples[label].append(1e3 * (time.perf_counter() - start))
+    timings = {}
+    for label, values in samples.items():
+        ordered = sorted(values)
+        p20, p80 = (ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.8))
+        timings[label] = Timing(ordered[0], p20, p80)
+    return timings
 
 
 @lru_cache
@@ -208,14 +241,15 @@ def copy_bandwidth_work(megabytes: int = 256) -> Work:
 
 
 def run(name: str, works: Iterable[Work]) -> Path:
-    """Gates and times works on the GPU; prints a table and writes bench/results/<name>.json."""
+    """Gates and times works on the GPU as replays of CUDA graphs; writes bench/results/<name>.json and prints it."""
     records: list[dict[str, Any]] = []
     for work in works:
         reference = work.reference()
         for label in work.variants:
             gate(work, label, reference)
         del reference
-        lines = operator_records(work, time_interleaved(work.variants), "cuda")
+        calls = {label: captured(call) for label, call in work.variants.items()}
+        lines = operator_records(work, time_interleaved(calls), "cuda")
         print_records(lines)
         records += lines
     return write_records(name, records)

@@ -103,12 +103,74 @@ def latency_table() -> str:
     return "\n".join(rows) + source(found) if found else "Not measured yet."
 
 
+def profiles_table() -> str:
+    """What every storage profile gives: dtype and order of bits, by precision."""
+    from jv5kernels.storage import PROFILES
+
+    rows = ["| `profile=` | floats | `int8` | `binary` |", "|---|---|---|---|"]
+    for name, profile in PROFILES.items():
+        floats = [p for p in ("float32", "float16", "bfloat16") if p in profile.layouts]
+        rows.append(
+            f"| `{name}` | {', '.join(floats)} | {described(profile, 'int8')} | {described(profile, 'binary')} |"
+        )
+    return "\n".join(rows)
+
+
+def described(profile: Any, precision: str) -> str:
+    """One cell: dtype, what is particular about it, and the store's field and metric."""
+    layout = profile.layouts.get(precision)
+    if layout is None:
+        return "–"
+    notes = []
+    if precision == "int8":
+        notes.append("code" if layout.native == "uint8" else "code − 128")
+        notes += ["one range"] if layout.compares_codes else []
+    else:
+        notes.append("LSB first" if layout.little else "MSB first")
+        notes += ["minus 128"] if layout.native == "binary" else []
+    return f"{layout.dtype}, {', '.join(notes)}; `{layout.field}`, `{layout.metric}`"
+
+
+def search_table() -> str:
+    """Recall of the worked examples."""
+    found = [r for name in ("search", "search-cpu") for r in records(name)]
+    rows = [
+        "| work | kept | bytes a vector | recall@10 | Hamming distance alone |",
+        "|---|---|---|---|---|",
+    ]
+    for r in found:
+        sizes = f"{r['bytes_per_vector']} of {r['float32_bytes']}"
+        rows.append(
+            f"| {r['work']} | {r['impl']} | {sizes} | **{r['value']:.2f}** | {r['peer_value']:.2f} |"
+        )
+    return "\n".join(rows) + source(found)
+
+
+def output_table() -> str:
+    """The output stage and quantisation against their ceilings and peers."""
+    names = ("embed_output", "embed_output-cpu", "quantize", "quantize-cpu")
+    everything = [r for name in names for r in records(name)]
+    found = [r for r in everything if r["metric"] == "ms" and r["impl"] != r["peer"]]
+    rows = ["| work | jv5kernels | against | | ratio |", "|---|---|---|---|---|"]
+    for r in found:
+        mine, theirs = (milliseconds(r[key]) for key in ("value", "peer_value"))
+        rows.append(f"| {r['work']} | {mine} | {r['peer']} | {theirs} | **{r['ratio']:.2f}x** |")
+    return "\n".join(rows) + source(found)
+
+
+def milliseconds(value: float) -> str:
+    return f"{number(value)} ms" if value >= 0.1 else f"{number(1e3 * value)} µs"
+
+
 TABLES = {
+    "output": output_table,
     "speed": speed_table,
     "latency": latency_table,
     "parity": parity_table,
     "memory": memory_table,
     "invariance": invariance_table,
+    "profiles": profiles_table,
+    "search": search_table,
 }
 
 

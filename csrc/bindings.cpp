@@ -76,13 +76,20 @@ int pool_float32(uintptr_t hidden, int64_t total_tokens, int64_t width, int64_t 
 
 int embed_output_float32(uintptr_t hidden, int64_t total_tokens, int64_t width, int64_t stride,
                          uintptr_t ranges, int64_t rows, int64_t range_stride, int pooling,
-                         uintptr_t weight, float eps, int64_t dim, bool normalize, uintptr_t out,
-                         uintptr_t flags, int num_threads) {
+                         uintptr_t weight, float eps, int64_t dim, bool normalize, int stored,
+                         uintptr_t value_ranges, uint8_t flip, uintptr_t out, uintptr_t flags,
+                         int num_threads) {
     const Tokens tokens =
         tokens_of(hidden, total_tokens, width, stride, ranges, rows, range_stride);
-    const EmbedOptions options{static_cast<Pooling>(pooling), pointer<const float>(weight), eps,
-                               dim, normalize};
-    return static_cast<int>(jv5_embed_output_float32(tokens, options, pointer<float>(out),
+    const EmbedOptions options{static_cast<Pooling>(pooling),
+                               pointer<const float>(weight),
+                               eps,
+                               dim,
+                               normalize,
+                               static_cast<Stored>(stored),
+                               pointer<const float>(value_ranges),
+                               flip};
+    return static_cast<int>(jv5_embed_output_float32(tokens, options, pointer<void>(out),
                                                      pointer<uint8_t>(flags), num_threads));
 }
 

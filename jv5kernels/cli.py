@@ -1,4 +1,4 @@
-"""The command line: ``jv5kernels encode | verify | bench | info | demo``.
+"""The command line: ``jv5kernels encode | calibrate | verify | bench | info | demo | report``.
 
 Exit codes: 0 done; 1 a check was missed, or the machine could not do it; 2 a mistake in the command
 or in an input (one line on standard error, no traceback); 130 interrupted.
@@ -14,9 +14,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jv5kernels.commands.arguments import STANDARD_OUTPUT, parser
+
+if TYPE_CHECKING:
+    from jv5kernels.commands.files import Corpus
 
 __all__ = ["main"]
 
@@ -38,13 +41,13 @@ def _run(command: Command, options: argparse.Namespace) -> int:
     try:
         return command(options)
     except KeyboardInterrupt as interrupt:
-        return _report("\ninterrupted", interrupt, 130)
+        return _say("\ninterrupted", interrupt, 130)
     except (ValueError, OSError, ImportError) as error:
-        return _report(f"jv5kernels {options.name}: error", error, 2)
+        return _say(f"jv5kernels {options.name}: error", error, 2)
     except (FloatingPointError, MemoryError, RuntimeError) as error:
         if not _is_about_the_machine(error):
             raise
-        return _report(f"jv5kernels {options.name}", error, 1)
+        return _say(f"jv5kernels {options.name}", error, 1)
 
 
 def _quiet_libraries() -> None:
@@ -61,7 +64,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"jv5kernels: warning: {message}", file=sys.stderr)
 
 
-def _report(prefix: str, error: BaseException, code: int) -> int:
+def _say(prefix: str, error: BaseException, code: int) -> int:
     """Prints one line about an error: its message, and what to do when an output is unfinished."""
     text = " ".join(str(error).split()) or ("" if code == 130 else type(error).__name__)
     notes = "; ".join([text, *getattr(error, "__notes__", ())]).strip("; ")
@@ -80,27 +83,22 @@ def _is_about_the_machine(error: BaseException) -> bool:
 
 def _encode(options: argparse.Namespace) -> int:
     from jv5kernels.commands.bulk import Job, encode_corpus
-    from jv5kernels.commands.files import Corpus, EmbeddingFile
+    from jv5kernels.commands.files import EmbeddingFile
 
-    if options.precision in ("int8", "uint8") and options.ranges is None:
+    ranges = options.calibration or options.ranges
+    if options.precision in ("int8", "uint8") and ranges is None:
         raise ValueError(
-            f"--precision {options.precision} needs --ranges FILE.npy: minimum and maximum of every dimension, "
-            "(2, dim), over a sample of float32 embeddings; the same file for corpus and queries"
+            f"--precision {options.precision} needs --calibration FILE, made once with jv5kernels calibrate for corpus "
+            "and queries; or --ranges FILE.npy, minimum and maximum of every dimension, (2, dim)"
         )
     out = EmbeddingFile(options.output, resume=options.resume, overwrite=options.overwrite)
-    corpus = Corpus(
-        options.inputs,
-        input_format=options.input_format,
-        key=options.key,
-        id_key=options.id_key,
-    )
+    corpus = _corpus(options)
     call = {
-        "task": options.task,
-        "prompt_name": options.prompt_name,
-        "prompt": options.prompt,
+        **_embedding_options(options),
         "precision": options.precision,
-        "truncate_dim": options.truncate_dim,
         "ranges": options.ranges,
+        "calibration": options.calibration,
+        "profile": options.profile,
     }
     encoder = {"model": options.model, **_encoder_options(options)}
     job = Job(corpus, out, encoder, call, options.block, not options.no_progress)
@@ -112,6 +110,26 @@ def _encode(options: argparse.Namespace) -> int:
             # BaseException.add_note, which Python 3.10 does not have.
             vars(error).setdefault("__notes__", []).append(note)
         raise
+    return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from jv5kernels.commands.calibrate import Job, calibrate_corpus
+
+    call = {
+        **_embedding_options(options),
+        "percentile": options.percentile,
+        "symmetric": options.symmetric,
+    }
+    job = Job(
+        _corpus(options),
+        options.output,
+        {"model": options.model, **_encoder_options(options)},
+        call,
+        options.overwrite,
+        not options.no_progress,
+    )
+    print(calibrate_corpus(job), file=sys.stderr)
     return 0
 
 
@@ -165,7 +183,7 @@ def _bench(options: argparse.Namespace) -> int:
     _write_json(options.json, {"model": model, **comparison.to_dict()})
     if not comparison.agrees:
         worst = min(result.cosine_min for result in comparison.results)
-        return _report(
+        return _say(
             "jv5kernels bench",
             ValueError(f"embeddings disagree: cosine {shown(worst)}, no speed given"),
             1,
@@ -198,7 +216,46 @@ def _demo(options: argparse.Namespace) -> int:
     return 0 if demo.comparison.agrees else 1
 
 
+def _report(options: argparse.Namespace) -> int:
+    from jv5kernels.commands.report import render, run
+
+    with _status("starting") as tell:
+        report = run(
+            options.model,
+            inputs=options.inputs,
+            queries=options.queries,
+            reading={"input_format": options.input_format, "key": options.key},
+            task=options.task,
+            dims=options.dims,
+            oversample=options.oversample,
+            picture=options.output,
+            encoder_options=_encoder_options(options),
+            tell=tell,
+        )
+    if options.json != STANDARD_OUTPUT:
+        _print(render(report), f"{options.output}: the picture")
+    _write_json(options.json, report.to_dict())
+    return 0
+
+
 # What several commands share.
+
+
+def _corpus(options: argparse.Namespace) -> Corpus:
+    from jv5kernels.commands.files import Corpus
+
+    return Corpus(
+        options.inputs,
+        input_format=options.input_format,
+        key=options.key,
+        id_key=options.id_key,
+    )
+
+
+def _embedding_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of encode and calibrate that say what the embeddings are of."""
+    names = ("task", "prompt_name", "prompt", "truncate_dim")
+    return {name: getattr(options, name) for name in names}
 
 
 def _encoder_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -252,8 +309,10 @@ def _write_json(path: Path | None, value: Any) -> None:
 
 COMMANDS: dict[str, Command] = {
     "encode": _encode,
+    "calibrate": _calibrate,
     "verify": _verify,
     "bench": _bench,
     "info": _info,
     "demo": _demo,
+    "report": _report,
 }

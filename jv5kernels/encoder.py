@@ -17,23 +17,27 @@ from torch import Tensor
 
 from jv5kernels.backbone import PackedBackbone
 from jv5kernels.backbones import CheckpointBackbones
+from jv5kernels.calibration import Calibration, calibrate, open_calibration
+from jv5kernels.call_arguments import check_length, dim_of, limits_of, output_of, with_prompt
 from jv5kernels.checkpoint import Checkpoint, open_checkpoint
+from jv5kernels.chunks import encode_chunks
 from jv5kernels.device import resolve_device, resolve_dtype
-from jv5kernels.graphs import MAX_TOKENS, ShortInputs
+from jv5kernels.graphs import ShortInputs
 from jv5kernels.live.model import LiveModel, open_live
-from jv5kernels.memory import MemoryModel, default_token_budget, memory_model
+from jv5kernels.memory import MemoryModel, memory_model
 from jv5kernels.output import (
     OutputFormat,
     check_dim,
     check_pooling,
     check_precision,
-    check_ranges,
     embed_batch,
     embed_batch_tokens,
 )
 from jv5kernels.packing import PackedBatch
 from jv5kernels.pipeline import INLINE_CHARACTERS, Limits, Pipeline, Statistics, progress_bar
-from jv5kernels.tokenization import Tokenization, resolve_prompt
+from jv5kernels.storage import layout_of
+from jv5kernels.tasks import check_task, tasks_of
+from jv5kernels.tokenization import Tokenization, check_texts, resolve_prompt
 from jv5kernels.warmup import WarmupReport, warm_lengths, warm_up
 
 # From a batch to its values and the flags of rows that are not finite.
@@ -58,7 +62,7 @@ class FastEncoder:
         pooling: "lasttoken", "mean" or "cls"; default what the checkpoint states.
         prompts: name -> text put before every input; default the checkpoint's.
         truncate_dim: dimensions kept, before normalisation; default all.
-        precision: default precision of `encode`.
+        precision, calibration, profile: defaults of `encode`.
         batch_invariant: bit-identical embeddings of a text whatever else is in the call. On CUDA this swaps the
             library's matrix products for a fixed-configuration kernel; on a CPU every text runs alone.
         token_budget: tokens a batch; default what fits into the free memory, at most 32768 on CUDA and 4096 on a CPU.
@@ -92,6 +96,8 @@ class FastEncoder:
         prompts: Mapping[str, str] | None = None,
         truncate_dim: int | None = None,
         precision: str = "float32",
+        calibration: Calibration | str | Path | None = None,
+        profile: str | None = None,
         batch_invariant: bool = False,
         token_budget: int | None = None,
         on_overlong: str = "truncate",
@@ -118,18 +124,23 @@ class FastEncoder:
         self.dtype = resolve_dtype(dtype, self.device)
         self.spec = self.checkpoint.spec
         self.tasks = self.checkpoint.tasks
-        self.task = self._check_task(task) if task is not None else None
+        self.task = check_task(task, self.tasks) if task is not None else None
         self.pooling = check_pooling(pooling or self.checkpoint.pooling)
         self.prompts = dict(self.checkpoint.prompts if prompts is None else prompts)
         self.truncate_dim = truncate_dim
-        self._warn_about_dim(check_dim(truncate_dim, self.spec.hidden_size))
+        dim = dim_of(self, truncate_dim)
         self.precision = check_precision(precision)
+        self.calibration = None if calibration is None else open_calibration(calibration)
+        self.profile = profile
+        if profile is not None:
+            layout_of(profile, precision, dim)
         self.batch_invariant = batch_invariant
         self.on_overlong = on_overlong
-        self.max_seq_length = self._check_length("max_seq_length", max_seq_length)
+        self.max_seq_length = check_length(self, "max_seq_length", max_seq_length)
         self.token_budget = token_budget
         self.statistics = Statistics()
         self._short = ShortInputs(self.device) if self.device.type == "cuda" else None
+        self._fingerprints: dict[str | None, str] = {}
         self._tokenization = Tokenization(self.checkpoint.tokenizer(), self.max_seq_length)
         self._backbones = CheckpointBackbones(
             self.checkpoint,
@@ -140,6 +151,10 @@ class FastEncoder:
         )
         if self.task is not None or not self.tasks:
             self._backbones.get(self.task)
+
+    # Functions of modules of their own, whose first argument is the encoder.
+    calibrate = calibrate
+    encode_chunks = encode_chunks
 
     # What code written for Sentence Transformers reaches for.
 
@@ -154,7 +169,9 @@ class FastEncoder:
         show_progress_bar: bool | None = None,
         output_value: str = "sentence_embedding",
         precision: str | None = None,
-        ranges: np.ndarray | Tensor | None = None,
+        ranges: np.ndarray | Tensor | str | None = None,
+        calibration: Calibration | str | Path | None = None,
+        profile: str | None = None,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
         normalize_embeddings: bool = True,
@@ -172,7 +189,12 @@ class FastEncoder:
             show_progress_bar: show one on stderr.
             output_value: "sentence_embedding", or "token_embeddings" for every token's final hidden state.
             precision: "float32", "float16", "bfloat16", "int8", "uint8", "binary" or "ubinary".
-            ranges: (2, dim), minimum and maximum a dimension over a corpus; needed for int8 and uint8.
+            ranges: for int8 and uint8 in place of a calibration: (2, dim) minima and maxima, not checked against
+                anything; or "batch" for those of this call's own embeddings, as Sentence Transformers takes them.
+            calibration: for int8 and uint8: what `calibrate` returned, or its file; default the encoder's. It has to
+                fit model, task, prompt and dimension; one of documents also serves queries.
+            profile: the vector store that the result is for, one of `storage.PROFILES`: it decides dtype, order of bits
+                and signedness; default the encoder's, or else Sentence Transformers' bytes.
             convert_to_numpy: return numpy arrays (bfloat16: torch tensors).
             convert_to_tensor: return a torch tensor on the encoder's device; wins over `convert_to_numpy`.
             normalize_embeddings: unit length (after slicing).
@@ -196,12 +218,10 @@ class FastEncoder:
         """
         single = isinstance(inputs, str)
         texts = check_texts([inputs] if isinstance(inputs, str) else inputs)
-        tasks = self._tasks_of(task, len(texts))
-        prefix = resolve_prompt(
-            self.prompts, self.checkpoint.default_prompt_name, prompt_name, prompt
-        )
+        tasks = tasks_of(task, self.task, self.tasks, len(texts))
+        prefix = self._prefix(prompt_name, prompt)
         texts = [prefix + text for text in texts]
-        limits = self._limits(batch_size, max_length, sum(map(len, texts)))
+        limits = limits_of(self, batch_size, max_length, sum(map(len, texts)))
         run = partial(self._run, texts, tasks, limits, show_progress_bar=bool(show_progress_bar))
         if output_value == "token_embeddings":
             tokens: dict[int, Tensor] = {}
@@ -215,27 +235,44 @@ class FastEncoder:
             raise ValueError(
                 f"output_value={output_value!r}: choose 'sentence_embedding' or 'token_embeddings'"
             )
-        output = self._output_format(precision, ranges, normalize_embeddings, truncate_dim)
-        device = self.device if convert_to_tensor else torch.device("cpu")
+        output = output_of(
+            self,
+            tasks=tasks or [task if isinstance(task, str) else self.task],
+            prompt=prefix,
+            precision=precision,
+            ranges=ranges,
+            calibration=calibration,
+            profile=profile,
+            normalize=normalize_embeddings,
+            truncate_dim=truncate_dim,
+        )
+        # Ranges of the call itself are taken on the device, so that bytes alone leave it.
+        stay = convert_to_tensor or output.over_call
+        device = self.device if stay else torch.device("cpu")
         result = torch.empty(len(texts), output.width, dtype=output.dtype, device=device)
 
         def store(rows: np.ndarray, values: Tensor) -> None:
             result[torch.from_numpy(rows).to(device)] = values
 
-        run(partial(embed_batch, output), store, keep_on_device=convert_to_tensor, output=output)
-        if convert_to_tensor or output.dtype == torch.bfloat16:
+        run(partial(embed_batch, output), store, keep_on_device=stay, output=output)
+        result = output.finish(result)
+        if convert_to_tensor:
             return result[0] if single else result
-        if convert_to_numpy:
+        result = result.cpu()
+        if convert_to_numpy and result.dtype != torch.bfloat16:
             return result[0].numpy() if single else result.numpy()
+        if convert_to_numpy:
+            return result[0] if single else result
         return result[0] if single else list(result)
 
     def encode_query(self, inputs: str | Sequence[str], **options: Any) -> Any:
         """`encode` with the prompt "query", when there is one and no other is asked for."""
-        return self.encode(inputs, **self._with_prompt(("query",), options))
+        return self.encode(inputs, **with_prompt(self.prompts, ("query",), options))
 
     def encode_document(self, inputs: str | Sequence[str], **options: Any) -> Any:
         """`encode` with the prompt "document" (or "passage", "corpus"), when there is one and no other is asked for."""
-        return self.encode(inputs, **self._with_prompt(("document", "passage", "corpus"), options))
+        names = ("document", "passage", "corpus")
+        return self.encode(inputs, **with_prompt(self.prompts, names, options))
 
     def similarity(self, a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> Tensor:
         """Returns cosine similarities, (N, M) float32, of embeddings (N, dim) and (M, dim)."""
@@ -264,7 +301,9 @@ class FastEncoder:
         precision: str | None = None,
         normalize_embeddings: bool = True,
         truncate_dim: int | None = None,
-        ranges: np.ndarray | Tensor | None = None,
+        ranges: np.ndarray | Tensor | str | None = None,
+        calibration: Calibration | str | Path | None = None,
+        profile: str | None = None,
     ) -> WarmupReport:
         """Does what first calls would otherwise wait for: loads, compiles, and records CUDA graphs for short inputs.
 
@@ -272,8 +311,8 @@ class FastEncoder:
 
         Args:
             tasks: adapters to be ready for; default the encoder's own, or all when it has none.
-            precision, normalize_embeddings, truncate_dim, ranges: as in `encode`; call again for each form of output
-                that is to be ready.
+            precision, normalize_embeddings, truncate_dim, ranges, calibration, profile: as in `encode`; call again for
+                each form of output that is to be ready.
 
         Example:
             >>> encoder.warmup(precision="binary").recordings    # on a GPU
@@ -281,92 +320,26 @@ class FastEncoder:
         """
         names = [self.task] if self.task is not None or not self.tasks else list(self.tasks)
         if tasks is not None:
-            names = [self._check_task(task) for task in tasks]
-        output = self._output_format(precision, ranges, normalize_embeddings, truncate_dim)
+            names = [check_task(task, self.tasks) for task in tasks]
+        output = output_of(
+            self,
+            tasks=names,
+            prompt=self._prefix(None, None),
+            precision=precision,
+            ranges=ranges,
+            calibration=calibration,
+            profile=profile,
+            normalize=normalize_embeddings,
+            truncate_dim=truncate_dim,
+        )
         backbones = [self._backbones.get(name) for name in names]
-        budget = self._limits(None, None, INLINE_CHARACTERS + 1).token_budget
+        budget = limits_of(self, None, None, INLINE_CHARACTERS + 1).token_budget
         lengths = warm_lengths(min(self.max_seq_length, budget), budget)
         return warm_up(backbones, output, lengths, self._short)
 
-    # Arguments.
-
-    def _check_task(self, task: str) -> str:
-        if task in self.tasks:
-            return task
-        if not self.tasks:
-            raise ValueError(
-                f"task={task!r}: this checkpoint has no adapters, its weights serve one task; leave task out"
-            )
-        raise ValueError(f"task={task!r} is unknown: choose one of {list(self.tasks)}")
-
-    def _tasks_of(self, task: str | Sequence[str] | None, count: int) -> list[str | None]:
-        """The adapter of every text."""
-        if task is None:
-            task = self.task
-        if task is None and self.tasks:
-            raise ValueError(
-                f"task is needed for this checkpoint: choose one of {list(self.tasks)}"
-            )
-        if task is None or isinstance(task, str):
-            return [self._check_task(task) if task is not None else None] * count
-        if len(task) != count:
-            raise ValueError(f"task has {len(task)} entries for {count} texts")
-        return [self._check_task(name) for name in task]
-
-    def _check_length(self, name: str, length: int | None) -> int:
-        positions = self.spec.max_position_embeddings
-        if length is None:
-            return min(self.checkpoint.max_seq_length, positions)
-        if not 1 <= length <= positions:
-            raise ValueError(
-                f"{name}={length} is out of range: this model has {positions} positions"
-            )
-        return length
-
-    def _limits(self, batch_size: int | None, max_length: int | None, characters: int) -> Limits:
-        if self.batch_invariant and self.device.type == "cpu":
-            batch_size = 1
-        budget = self.token_budget
-        if budget is None and self._short is not None and characters <= INLINE_CHARACTERS:
-            # Batches that have graphs; asking the device for its free memory would take longer than the run.
-            budget = MAX_TOKENS
-        elif budget is None:
-            budget = default_token_budget(self.memory_model(), self.device)
-        if max_length is None:
-            max_length = self.max_seq_length
-        return Limits(
-            self._check_length("max_length", max_length), budget, batch_size, self.on_overlong
-        )
-
-    def _output_format(
-        self,
-        precision: str | None,
-        ranges: np.ndarray | Tensor | None,
-        normalize: bool,
-        truncate_dim: int | None,
-    ) -> OutputFormat:
-        precision = self.precision if precision is None else check_precision(precision)
-        dim = check_dim(
-            self.truncate_dim if truncate_dim is None else truncate_dim, self.spec.hidden_size
-        )
-        self._warn_about_dim(dim)
-        return OutputFormat(
-            self.pooling, dim, normalize, precision, check_ranges(ranges, precision, dim)
-        )
-
-    def _warn_about_dim(self, dim: int) -> None:
-        trained = self.checkpoint.matryoshka_dims
-        if trained and dim != self.spec.hidden_size and dim not in trained:
-            warnings.warn(
-                f"truncate_dim={dim} is not among the dimensions this model was trained for: {list(trained)}",
-                stacklevel=3,
-            )
-
-    def _with_prompt(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
-        name = next((name for name in names if name in self.prompts), None)
-        if name is None or options.get("prompt_name") or options.get("prompt") is not None:
-            return options
-        return {**options, "prompt_name": name}
+    def _prefix(self, prompt_name: str | None, prompt: str | None) -> str:
+        default = self.checkpoint.default_prompt_name
+        return resolve_prompt(self.prompts, default, prompt_name, prompt)
 
     # Runs.
 
@@ -420,14 +393,3 @@ class FastEncoder:
         self, step: Step, task: str | None, batch: PackedBatch
     ) -> tuple[Any, Tensor]:
         return step(self._backbones.in_float32(task), batch)
-
-
-def check_texts(texts: Sequence[str]) -> list[str]:
-    """The texts as a list; TypeError naming position and type of the first that is not a str."""
-    if not isinstance(texts, Sequence) and not hasattr(texts, "__iter__"):
-        raise TypeError(f"inputs must be a str or a sequence of str, not {type(texts).__name__}")
-    texts = list(texts)
-    for position, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"inputs[{position}] must be a str, not {type(text).__name__}")
-    return texts

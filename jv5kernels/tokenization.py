@@ -15,7 +15,7 @@ from tokenizers import Encoding, Tokenizer
 
 from jv5kernels.text_prefix import TextPrefix
 
-__all__ = ["TokenizedTexts", "Tokenization", "resolve_prompt"]
+__all__ = ["LocatedTokens", "TokenizedTexts", "Tokenization", "check_texts", "resolve_prompt"]
 
 # Tokenised once to learn what is added around a text, and to check that truncation keeps it.
 PROBE = "a 7 b 8 c 9 d 10"
@@ -35,6 +35,25 @@ class TokenizedTexts:
     ids: list[np.ndarray]
     lengths: np.ndarray
     truncated: np.ndarray
+
+
+@dataclass(frozen=True)
+class LocatedTokens:
+    """Token ids of one text and where they lie in it.
+
+    Args:
+        ids: (kept,) int32, special tokens included, cut to max_length.
+        first: row of the first token of the text in `ids`, after the special tokens before it.
+        kept: tokens of the text that `ids` holds, from the first on.
+        starts, ends: (tokens,) characters [start, end) of every token of the text, also of those cut off; both ascend,
+            and every character belongs to at least one token (to several where a character takes several).
+    """
+
+    ids: np.ndarray
+    first: int
+    kept: int
+    starts: np.ndarray
+    ends: np.ndarray
 
 
 class Tokenization:
@@ -106,6 +125,30 @@ class Tokenization:
                 encodings[i] = self._encode_all([text], [names[i]])[0]
         return encodings
 
+    def locate(self, text: str, *, max_length: int | None = None) -> LocatedTokens:
+        """Returns the token ids of one text, as `encode` gives them, and the characters of each token.
+
+        Raises:
+            TypeError, ValueError: as `encode`.
+        """
+        limit = self.max_seq_length
+        if max_length is not None:
+            limit = self._check_length("max_length", max_length)
+        try:
+            encoding = self._tokenizer.encode(text)
+        except TypeError:
+            self.encode([text])  # says what is wrong with the text
+            raise
+        if not len(encoding):
+            self.encode([text])  # says that there is nothing to embed
+        ids = self._cut(np.array(encoding.ids, dtype=np.int32), limit)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        starts, ends = offsets[self._before : len(offsets) - self._after].T
+        # A character that a normaliser merged into its neighbour, or that no token claims, goes with the token before.
+        ends = np.maximum(ends, np.append(starts[1:], len(text))[: len(ends)])
+        kept = min(len(starts), len(ids) - self._before - self._after)
+        return LocatedTokens(ids, self._before, kept, starts, ends)
+
     def _encode_all(
         self, texts: Sequence[str], names: Sequence[int] | np.ndarray
     ) -> list[Encoding]:
@@ -168,6 +211,17 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
             break
         same += 1
     return same
+
+
+def check_texts(texts: Sequence[str]) -> list[str]:
+    """The texts as a list; TypeError naming position and type of the first that is not a str."""
+    if not isinstance(texts, Sequence) and not hasattr(texts, "__iter__"):
+        raise TypeError(f"inputs must be a str or a sequence of str, not {type(texts).__name__}")
+    texts = list(texts)
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"inputs[{position}] must be a str, not {type(text).__name__}")
+    return texts
 
 
 def resolve_prompt(

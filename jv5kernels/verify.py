@@ -20,8 +20,9 @@ from torch import nn
 from jv5kernels.checkpoint import Checkpoint
 from jv5kernels.comparison.reference import load_reference, reference_embeddings
 from jv5kernels.comparison.texts_of_length import Sample, sample_texts
-from jv5kernels.encoder import FastEncoder, check_texts
+from jv5kernels.encoder import FastEncoder
 from jv5kernels.live.reference import live_embeddings, live_reference
+from jv5kernels.tokenization import check_texts
 
 __all__ = ["Row", "Thresholds", "VerifyReport", "verify"]
 

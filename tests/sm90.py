@@ -23,6 +23,7 @@ class Case:
         module, kernel: where the jit function lives, e.g. "jv5kernels.kernels.rms_norm", "rms_norm_kernel".
         signature: argument -> Triton type ("*bf16", "*fp32", "i32", "fp32"); constexprs are left out.
         constants: constexpr (or None) arguments -> value.
+        descriptors: TMA descriptor arguments of a Gluon kernel -> block shape (bf16).
     """
 
     module: str
@@ -31,18 +32,26 @@ class Case:
     constants: dict[str, object]
     num_warps: int = 4
     num_stages: int = 3
+    enable_fp_fusion: bool = True
     divisible: tuple[str, ...] = ()  # scalar arguments known to be multiples of 16
+    descriptors: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler says: bytes of shared memory, registers, stack and spills a thread, and the PTX."""
+    """What the compiler says: bytes of shared memory, registers, stack and spills a thread, PTX and machine code.
+
+    Args:
+        losses: ptxas's warnings of lost performance (serialised wgmma, ignored setmaxnreg).
+    """
 
     shared: int
     registers: int
     stack: int
     local: int
     ptx: str = field(repr=False)
+    sass: str = field(repr=False)
+    losses: list[str]
 
     def check(self, *, max_registers: int = 255) -> None:
         """Asserts what every shipped configuration must keep: fits the SM, no spills, no float64."""
@@ -81,36 +90,81 @@ def _compile(case: Case) -> Report:
     from triton.compiler import ASTSource
 
     kernel = getattr(import_module(case.module), case.kernel)
-    aligned = {n for n, t in case.signature.items() if t.startswith("*")} | set(case.divisible)
-    signature = {n: case.signature.get(n, "constexpr") for n in kernel.arg_names}
+    pointers = {n for n, t in case.signature.items() if t.startswith("*")}
+    types = case.signature | {n: _descriptor_type(b) for n, b in case.descriptors.items()}
+    signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
     missing = [n for n, t in signature.items() if t == "constexpr" and n not in case.constants]
     assert not missing, f"{case.kernel}: no type or constant for {missing}"
-    source = ASTSource(
+    source_class = ASTSource
+    if case.descriptors:
+        from triton.experimental.gluon._runtime import GluonASTSource as source_class
+    source = source_class(
         fn=kernel,
         signature=signature,
         constexprs={(kernel.arg_names.index(n),): v for n, v in case.constants.items()},
-        attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+        attrs={
+            (kernel.arg_names.index(n),): [["tt.divisibility", 16]]
+            for n in pointers | set(case.divisible)
+        },
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.enable_fp_fusion,
+    }
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    usage = _resource_usage(compiled.asm["cubin"])
-    return Report(shared=compiled.metadata.shared, ptx=compiled.asm["ptx"], **usage)
+    return Report(
+        shared=compiled.metadata.shared,
+        ptx=compiled.asm["ptx"],
+        **_inspect(compiled.asm["cubin"], compiled.asm["ptx"]),
+    )
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
+def _descriptor_type(block: list[int]) -> str:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    return f"tensordesc<bf16{block},{NVMMASharedLayout(128, 16, rank=len(block))!r}>"
+
+
+def _inspect(cubin: bytes, ptx: str) -> dict[str, object]:
     from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    found = {key: int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
-    return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
+    def run(*command: str) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    with tempfile.TemporaryDirectory() as folder:
+        code, source = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        code.write_bytes(cubin)
+        source.write_text(ptx)
+        usage = run(knobs.nvidia.cuobjdump.path, "-res-usage", str(code))
+        sass = run(knobs.nvidia.cuobjdump.path, "-sass", str(code))
+        target = ("-v", "--gpu-name=sm_90a", "-o", str(Path(folder, "again.cubin")))
+        said = run(get_ptxas(90).path, *target, str(source))
+    found = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"],
+        "local": found["LOCAL"],
+        "sass": sass,
+        "losses": re.findall(r"C75\d\d[^\n]*", said),
+    }
+
+
+def wgmma_loops(sass: str) -> list[list[str]]:
+    """The loops of machine code that hold wgmma instructions and no store: their instructions, innermost only."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
+    place = {int(address, 16): i for i, (address, _) in enumerate(found)}
+    loops = []
+    for i, (address, instruction) in enumerate(found):
+        jump = re.search(r"BRA\S*.*?(0x[0-9a-f]+)", instruction)
+        if not jump or int(jump[1], 16) >= int(address, 16):
+            continue
+        body = [text for _, text in found[place[int(jump[1], 16)] : i + 1]]
+        if any("HGMMA" in text for text in body) and not any("STG" in text for text in body):
+            loops.append(body)
+    return loops
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_encode_int8_needs_and_uses_ranges(
 ) -> None:
     arguments = (corpus, "-o", tmp_path / "out.npy", "--precision", "int8")
     assert encode(model, *arguments) == 2
-    assert "needs --ranges FILE.npy" in capsys.readouterr().err
+    assert "needs --calibration FILE" in capsys.readouterr().err
     sample = expected(model)
     ranges = np.stack([sample.min(0), sample.max(0)])
     np.save(tmp_path / "ranges.npy", ranges)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ragged
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,39 +16,10 @@ from native import (
     levels,
     torch_threads,
 )
+from output_reference import EPS, LENGTHS, MODES, TOLERANCE, WIDTH, assert_near, draw, reference
 from sm90 import Case, compile_for_sm90
 
 from jv5kernels.ops import embed_output
-
-MODES = ["lasttoken", "mean", "cls"]
-LENGTHS = [1, 2, 63, 64, 65, 300]
-WIDTH = 72
-EPS = 1e-6
-# ‖error‖ / ‖reference‖: fp32 arithmetic, then one rounding to the output's dtype (a truncation under
-# Triton's interpreter).
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-def draw(shape: tuple[int, ...], dtype=torch.float32, device="cpu", seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype).to(device)
-
-
-def reference(hidden, lengths, mode, weight=None, eps=EPS, dim=None, normalize=True):
-    """The definition, one sequence at a time, in float64."""
-    rows = []
-    for tokens in hidden.double().split(lengths):
-        if weight is not None:
-            tokens = tokens / (tokens.square().mean(-1, keepdim=True) + eps).sqrt()
-            tokens = tokens * weight.double()
-        rows.append({"lasttoken": tokens[-1], "cls": tokens[0], "mean": tokens.mean(0)}[mode])
-    out = torch.stack(rows)[:, :dim]
-    return F.normalize(out, dim=-1) if normalize else out
-
-
-def assert_near(out, expected, dtype=torch.float32):
-    errors = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert errors.max() <= TOLERANCE[dtype], f"relative errors {errors.tolist()}"
 
 
 @pytest.mark.parametrize(("impl", "place"), RUNS)
@@ -82,7 +52,7 @@ def test_matches_float64(mode, has_norm, dtype, impl, place, poisoned_memory):
 def test_output_dtypes(dtype, impl, place, poisoned_memory):
     hidden = draw((9, WIDTH), device=place)
     out, flags = embed_output(
-        hidden, ragged([4, 5], place), mode="lasttoken", dtype=dtype, impl=impl
+        hidden, ragged([4, 5], place), mode="lasttoken", precision=str(dtype)[6:], impl=impl
     )
     assert out.dtype == dtype and not flags.any()
     assert_near(out, reference(hidden, [4, 5], "lasttoken"), dtype)
@@ -117,8 +87,15 @@ def test_strided_rows_and_margins(mode, impl, place, monkeypatch):
     expected, _ = embed_output(hidden.contiguous(), cu_seqlens, **options)
     strided, _ = embed_output(hidden, cu_seqlens, **options)
     torch.testing.assert_close(strided, expected, rtol=0, atol=1e-6)
+    ranges = torch.full((2, 40), float("nan"), device=place)[:, 3:36]
+    ranges[0], ranges[1] = -0.2, 0.3
     with guarded_outputs(monkeypatch):
         embed_output(hidden, cu_seqlens, **options)
+        embed_output(hidden, cu_seqlens, precision="binary", **options)
+        codes, _ = embed_output(hidden, cu_seqlens, precision="uint8", ranges=ranges, **options)
+    options |= {"precision": "uint8", "ranges": ranges.contiguous()}
+    assert torch.equal(codes, embed_output(hidden, cu_seqlens, **options)[0])
+    assert codes.unique().numel() > 10
 
 
 @pytest.mark.parametrize(("impl", "place"), RUNS)
@@ -145,7 +122,7 @@ def test_flags_see_overflow(mode, impl, place):
     hidden = torch.tensor([[1e5, 1.0], [1.0, 1.0], [1e30, 1e30]], device=place)
     cu_seqlens = ragged([1, 1, 1], place)
     options = {"mode": mode, "impl": impl}
-    half = embed_output(hidden, cu_seqlens, normalize=False, dtype=torch.float16, **options)
+    half = embed_output(hidden, cu_seqlens, normalize=False, precision="float16", **options)
     assert half[1].tolist() == [1, 0, 1]
     assert embed_output(hidden, cu_seqlens, normalize=False, **options)[1].tolist() == [0, 0, 0]
     # The square of 1e30 is no float32, so neither is the length.
@@ -240,10 +217,14 @@ def test_threads_do_not_change_a_bit(mode, level):
 @pytest.mark.parametrize("mode", MODES)
 def test_opcheck(mode, impl, place):
     hidden, weight = draw((9, 16), device=place), draw((16,), device=place, seed=1)
+    ranges = torch.tensor([[-1.0] * 16, [1.0] * 16], device=place)
+    spans = torch.tensor([[0, 3], [2, 9], [4, 4]], dtype=torch.int32)
     op = torch.ops.jv5kernels.embed_output.default
     for arguments in (
-        (weight, EPS, 16, True, torch.float32),
-        (None, 0.0, 5, False, torch.bfloat16),
+        (None, weight, EPS, 16, True, "float32", None),
+        (None, None, 0.0, 5, False, "bfloat16", None),
+        (spans, weight, EPS, 16, True, "int8", ranges),
+        (spans, weight, EPS, 9, True, "ubinary", None),
     ):
         torch.library.opcheck(op, (hidden, ragged([4, 5], place), mode, *arguments, impl))
 
@@ -264,10 +245,19 @@ def test_errors_name_the_argument():
     for dim in (0, 9, -1):
         with pytest.raises(ValueError, match=f"truncate_dim must lie in 1 to 8, not be {dim}"):
             embed_output(hidden, cu_seqlens, mode="mean", truncate_dim=dim)
-    with pytest.raises(
-        TypeError, match="dtype must be one of float32, float16, bfloat16, not int8"
-    ):
-        embed_output(hidden, cu_seqlens, mode="mean", dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"precision='int4' is unknown: choose one of \['float32'"):
+        embed_output(hidden, cu_seqlens, mode="mean", precision="int4")
+    with pytest.raises(ValueError, match=r"precision='int8' needs ranges, shape \(2, 5\)"):
+        embed_output(hidden, cu_seqlens, mode="mean", truncate_dim=5, precision="int8")
+    ranges = torch.ones(2, 8)
+    with pytest.raises(ValueError, match=r"ranges must have shape \(2, 5\), not \(2, 8\)"):
+        embed_output(
+            hidden, cu_seqlens, mode="mean", truncate_dim=5, precision="int8", ranges=ranges
+        )
+    with pytest.raises(ValueError, match="precision='binary' takes no ranges"):
+        embed_output(hidden, cu_seqlens, mode="mean", precision="binary", ranges=ranges)
+    with pytest.raises(TypeError, match="spans has dtype int64"):
+        embed_output(hidden, cu_seqlens, mode="mean", spans=torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"norm_weight must have shape \(8\), not \(7,\)"):
         embed_output(hidden, cu_seqlens, mode="mean", norm_weight=torch.ones(7))
     with pytest.raises(ValueError, match="triton: the kernel takes float32"):
@@ -282,28 +272,59 @@ def test_the_cpp_kernel_refuses_ranges_outside(impl, place):
         embed_output(torch.ones(4, 8), ragged([5]), mode="mean", impl=impl)
 
 
+# Constants of a kernel's output: floats, a byte a column, a bit a column.
+OUTPUTS = {
+    "*fp32": {"DIM": 1024, "WIDTH": 1024, "KIND": 0, "FLIP": 0, "ranges": None},
+    "*bf16": {"DIM": 256, "WIDTH": 256, "KIND": 0, "FLIP": 0, "ranges": None},
+    "*i8": {"DIM": 1000, "WIDTH": 1000, "KIND": 1, "FLIP": 0x80},
+    "*u8": {"DIM": 1023, "WIDTH": 128, "KIND": 2, "FLIP": 0, "ranges": None},
+}
+
+
+def case(kernel, signature, out, constants, **options):
+    constants = {"C": 1024, "BC": 1024, "NORMALIZE": True} | OUTPUTS[out] | constants
+    signature = {"flags": "*u8", "stride_rr": "i32", "out": out, **signature}
+    if "ranges" not in constants:
+        signature["ranges"] = "*fp32"
+    module = "jv5kernels.kernels.embed_output"
+    return Case(module, kernel, signature, constants, enable_fp_fusion=False, **options)
+
+
 def test_compiles_for_sm90():
-    pointers = {"cu_seqlens": "*i32", "flags": "*u8"}
-    scalars = {"stride_ht": "i32", "eps": "fp32"}
+    token = {"bounds": "*i32", "stride_ht": "i32", "eps": "fp32"}
+    mean = {"partials": "*fp32", "arrivals": "*i32"}
+    tile = {"CHUNK": 64, "FEW_CHUNKS": 16, "BN": 256, "BS": 32}
     cases = [
-        Case(
-            "jv5kernels.kernels.embed_output",
-            "embed_output_kernel",
-            pointers
-            | {"hidden": hidden, "out": out}
-            | scalars
-            | ({"weight": "*bf16"} if norm else {}),
-            {"C": C, "DIM": dim, "BC": 1024, "ROW": row, "HAS_NORM": norm, "NORMALIZE": normalize}
-            | ({} if norm else {"weight": None}),
+        case(
+            "token_kernel",
+            token | {"hidden": hidden} | weight,
+            out,
+            {"STEP": step, "IS_LAST": step == 1} | ({} if weight else {"weight": None}),
             divisible=("stride_ht",),
         )
-        for hidden, C, dim, row, out, norm, normalize in [
-            ("*bf16", 1024, 1024, 0, "*fp32", True, True),
-            ("*bf16", 768, 256, 1, "*bf16", True, False),
-            ("*fp32", 1024, 31, 2, "*fp16", False, True),
-            ("*fp32", 1024, 1024, 2, "*fp32", False, False),
+        for hidden, weight, step, out in [
+            ("*fp32", {"weight": "*bf16"}, 1, "*u8"),
+            ("*bf16", {"weight": "*bf16"}, 2, "*i8"),
+            ("*fp32", {}, 1, "*fp32"),
+            ("*fp32", {"weight": "*fp32"}, 1, "*bf16"),
+        ]
+    ]
+    cases += [
+        case(
+            "mean_kernel",
+            mean | {"weight": "*bf16"} | source,
+            out,
+            tile | absent,
+            num_warps=8,
+        )
+        for source, absent, out in [
+            ({"cu_seqlens": "*i32"}, {"table": None}, "*fp32"),
+            ({"cu_seqlens": "*i32"}, {"table": None}, "*u8"),
+            ({"table": "*i32"}, {"cu_seqlens": None}, "*i8"),
         ]
     ]
     for report in compile_for_sm90(cases):
-        report.check(max_registers=64)
-        assert "ld.global.v4" in report.ptx
+        report.check(max_registers=96)
+        assert "ld.global" in report.ptx and ".v4" in report.ptx
+        # Contracted products would change quantised bytes.
+        assert "fma." not in report.ptx

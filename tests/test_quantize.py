@@ -9,12 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from native import CPU_RUNS, RUNS, dispatch_level, guarded_outputs, levels, torch_threads
 from sentence_transformers.util import quantize_embeddings
+from sm90 import Case, compile_for_sm90
 
 from jv5kernels.ops import quantize_binary, quantize_int8
 
-# quantize has no Triton kernel of its own: on CUDA it is an epilogue of embed_output, or torch.
-RUNS = [run for run in RUNS if run.values[0] != "triton"]
-CPU_RUNS = [run for run in CPU_RUNS if run.values[0] != "triton"]
 DIMS = [32, 64, 128, 256, 512, 768, 1024, 1, 7, 9, 31, 33, 100, 1023]
 INT8 = ["int8", "uint8"]
 BINARY = ["ubinary", "binary"]
@@ -197,9 +195,32 @@ def test_errors_name_the_argument():
         quantize_binary(x, "int8")
     with pytest.raises(ValueError, match=r"ranges must have shape \(2, 8\), not \(2, 7\)"):
         quantize_int8(x, torch.ones(2, 7))
-    with pytest.raises(ValueError, match="impl='triton' is no implementation of quantize_binary"):
-        quantize_binary(x, impl="triton")
+    with pytest.raises(ValueError, match="impl='sdpa' is no implementation of quantize_binary"):
+        quantize_binary(x, impl="sdpa")
+    with pytest.raises(ValueError, match="triton: the kernel takes float32, float16 and bfloat16"):
+        quantize_binary(x.double(), impl="triton")
     with pytest.raises(ValueError, match="takes float32, not torch.float64"):
         quantize_binary(x.double(), impl="cpp")
     with pytest.raises(ValueError, match="computes no gradients"):
         quantize_binary(x.requires_grad_())
+
+
+def test_compiles_for_sm90():
+    signature = {"x": "*fp32", "stride_xb": "i32", "stride_rr": "i32", "B": "i32"}
+    common = {"DIM": 1024, "BC": 1024, "ROWS": 8}
+    codes = {"WIDTH": 1024, "KIND": 1, "FLIP": 0x80}
+    bits = {"WIDTH": 128, "KIND": 2, "FLIP": 0, "ranges": None}
+    cases = [
+        Case(
+            "jv5kernels.kernels.quantize",
+            "quantize_kernel",
+            signature | types,
+            common | constants,
+            enable_fp_fusion=False,
+            divisible=("stride_xb",),
+        )
+        for types, constants in [({"out": "*i8", "ranges": "*fp32"}, codes), ({"out": "*u8"}, bits)]
+    ]
+    for report in compile_for_sm90(cases):
+        report.check(max_registers=128)
+        assert "ld.global.v4" in report.ptx and "fma." not in report.ptx

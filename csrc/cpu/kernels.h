@@ -21,19 +21,26 @@ struct Tokens {
     int64_t stride;
 };
 
+// What a row of the output holds: floats, a byte a column, or a bit a column.
+enum class Stored { kFloats = 0, kCodes = 1, kBits = 2 };
+
 struct EmbedOptions {
     Pooling pooling;
     const float* weight;  // [width] of the final RMSNorm, or null
     float eps;
     int64_t dim;
     bool normalize;
+    Stored stored;
+    const float* ranges;  // [2, dim] minima and maxima for kCodes, or null
+    uint8_t flip;         // what codes and bytes of bits are xored with
 };
 
 // out [rows, width]
 Status jv5_pool_float32(const Tokens& tokens, Pooling pooling, float* out, int num_threads);
 
-// out [rows, dim]; flags [rows], 1 where a row or its length is not finite
-Status jv5_embed_output_float32(const Tokens& tokens, const EmbedOptions& options, float* out,
+// out [rows, dim] floats or codes, or [rows, ceil(dim / 8)] bytes of bits; flags [rows], 1 where
+// a row or its length is not finite before it is quantised
+Status jv5_embed_output_float32(const Tokens& tokens, const EmbedOptions& options, void* out,
                                 uint8_t* flags, int num_threads);
 
 // x [rows, dim], rows `stride` apart; ranges [2, dim]: minima, maxima; out [rows, dim]: the code,

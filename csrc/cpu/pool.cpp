@@ -1,18 +1,21 @@
-// Pooling and the output stage (final RMSNorm, pool, slice, L2) for float32 on the CPU.
+// Pooling and the output stage (final RMSNorm, pool, slice, L2, quantise) for float32 on the CPU.
 //
 // Means are summed in chunks of kChunk tokens that start at the sequence's first token: in float
 // inside a chunk, in double over the chunks, always in the same order. Neither the batch nor the
 // number of threads changes a bit of a row.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <vector>
 
 #include "dispatch.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "quantize_rows.h"
 
 namespace jv5 {
 namespace {
@@ -200,6 +203,23 @@ bool finish_row(const RowKernels& kernels, bool normalize, float* x, int64_t dim
     return std::isfinite(length);
 }
 
+// Writes quantised rows of the output.
+struct Quantizer {
+    const QuantizeKernels& kernels;
+    const EmbedOptions& options;
+    std::vector<float> steps;  // [dim] for kCodes
+
+    void store(const float* x, uint8_t* out, int64_t row) const {
+        const int64_t dim = options.dim;
+        if (options.stored == Stored::kCodes) {
+            kernels.codes_of_row(x, options.ranges, steps.data(), out + row * dim, dim,
+                                 options.flip);
+        } else {
+            kernels.bits_of_row(x, out + row * ((dim + 7) / 8), dim, options.flip);
+        }
+    }
+};
+
 }  // namespace
 
 Status jv5_pool_float32(const Tokens& tokens, Pooling pooling, float* out, int num_threads) try {
@@ -217,12 +237,14 @@ Status jv5_pool_float32(const Tokens& tokens, Pooling pooling, float* out, int n
     return Status::kOutOfMemory;
 }
 
-Status jv5_embed_output_float32(const Tokens& tokens, const EmbedOptions& options, float* out,
+Status jv5_embed_output_float32(const Tokens& tokens, const EmbedOptions& options, void* out,
                                 uint8_t* flags, int num_threads) try {
     if (not has_valid_ranges(tokens)) return Status::kBadOffsets;
     const RowKernels& kernels = row_kernels();
     const bool is_mean = options.pooling == Pooling::kMean;
+    const bool is_quantised = options.stored != Stored::kFloats;
     const int64_t width = tokens.width;
+    const int64_t dim = options.dim;
     Norm norm{options.weight, options.eps};
     std::vector<float> means;
     if (is_mean) {
@@ -230,16 +252,26 @@ Status jv5_embed_output_float32(const Tokens& tokens, const EmbedOptions& option
         mean_rows(tokens, norm, means.data(), num_threads);
         norm.weight = nullptr;
     }
+    Quantizer quantizer{quantize_kernels(), options, {}};
+    if (options.stored == Stored::kCodes) quantizer.steps = steps_of_ranges(options.ranges, dim);
+    std::atomic<bool> is_out_of_memory{false};
     parallel_for(tokens.rows, width, num_threads, [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<float[]> scratch(is_quantised ? new (std::nothrow) float[dim]
+                                                            : nullptr);
+        if (is_quantised and scratch == nullptr) {
+            is_out_of_memory = true;
+            return;
+        }
         for (int64_t row = begin; row < end; ++row) {
             const float* x =
                 is_mean ? means.data() + row * width : pooled_token(tokens, options.pooling, row);
-            float* target = out + row * options.dim;
-            write_row(kernels, x, width, norm, options.dim, target);
-            flags[row] = not finish_row(kernels, options.normalize, target, options.dim);
+            float* target = is_quantised ? scratch.get() : static_cast<float*>(out) + row * dim;
+            write_row(kernels, x, width, norm, dim, target);
+            flags[row] = not finish_row(kernels, options.normalize, target, dim);
+            if (is_quantised) quantizer.store(target, static_cast<uint8_t*>(out), row);
         }
     });
-    return Status::kOk;
+    return is_out_of_memory ? Status::kOutOfMemory : Status::kOk;
 } catch (const std::bad_alloc&) {
     return Status::kOutOfMemory;
 }

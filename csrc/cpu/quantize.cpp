@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "parallel.h"
+#include "quantize_rows.h"
 
 #if JV5_X86
 #include <immintrin.h>
@@ -18,11 +19,6 @@
 
 namespace jv5 {
 namespace {
-
-struct QuantizeKernels {
-    void (*codes_of_row)(const float*, const float*, const float*, uint8_t*, int64_t, uint8_t);
-    void (*bits_of_row)(const float*, uint8_t*, int64_t, uint8_t);
-};
 
 namespace baseline {
 constexpr int64_t kBitsPerStep = 8;
@@ -112,6 +108,8 @@ JV5_TARGET_AVX512 inline uint8_t* store_bits(const float* x, uint8_t* out, uint8
 }  // namespace avx512
 #endif
 
+}  // namespace
+
 const QuantizeKernels& quantize_kernels() {
 #if JV5_X86
     if (current_level() == Level::kAvx512) return avx512::kQuantizeKernels;
@@ -120,15 +118,18 @@ const QuantizeKernels& quantize_kernels() {
     return baseline::kQuantizeKernels;
 }
 
-}  // namespace
-
-Status jv5_quantize_int8_float32(const float* x, const float* ranges, uint8_t* out, int64_t rows,
-                                 int64_t dim, int64_t stride, uint8_t flip, int num_threads) try {
+std::vector<float> steps_of_ranges(const float* ranges, int64_t dim) {
     std::vector<float> steps(static_cast<size_t>(dim));
     for (int64_t c = 0; c < dim; ++c) {
         const float step = (ranges[dim + c] - ranges[c]) / 255.0f;
         steps[c] = step == 0.0f ? 1.0f : step;
     }
+    return steps;
+}
+
+Status jv5_quantize_int8_float32(const float* x, const float* ranges, uint8_t* out, int64_t rows,
+                                 int64_t dim, int64_t stride, uint8_t flip, int num_threads) try {
+    const std::vector<float> steps = steps_of_ranges(ranges, dim);
     const QuantizeKernels& kernels = quantize_kernels();
     advise_large_pages(out, rows * dim);
     parallel_for(rows, dim, num_threads, [&](int64_t begin, int64_t end) {

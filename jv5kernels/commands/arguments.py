@@ -13,6 +13,17 @@ __all__ = ["STANDARD_OUTPUT", "parser"]
 POOLINGS = ("lasttoken", "mean", "cls")
 DTYPES = ("float32", "bfloat16", "float16")
 STANDARD_OUTPUT = Path("-")
+PROFILES = (
+    "sentence-transformers",
+    "faiss",
+    "usearch",
+    "qdrant",
+    "milvus",
+    "pgvector",
+    "elasticsearch",
+    "vespa",
+    "sqlite-vec",
+)
 PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
 ENCODE_EXAMPLES = """
 examples:
@@ -21,6 +32,15 @@ examples:
   zcat dump.txt.gz | jv5kernels encode - -o out.jsonl --model ./model --task clustering
 
 A stopped run leaves OUT.part; the same command with --resume continues after its last complete block.
+"""
+
+CALIBRATE_EXAMPLES = """
+examples:
+  jv5kernels calibrate corpus.jsonl -o ranges.json --model ./model --task retrieval --truncate-dim 256
+  jv5kernels encode corpus.jsonl -o corpus.npy --model ./model --task retrieval --truncate-dim 256 \\
+    --precision int8 --calibration ranges.json
+  jv5kernels encode queries.txt -o queries.npy --model ./model --task retrieval --truncate-dim 256 \\
+    --prompt-name query --precision int8 --calibration ranges.json
 """
 
 
@@ -33,10 +53,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--version", action="version", version=f"jv5kernels {__version__}")
     commands = result.add_subparsers(dest="name", required=True, metavar="COMMAND")
     _add_encode(commands)
+    _add_calibrate(commands)
     _add_verify(commands)
     _add_bench(commands)
     _add_info(commands)
     _add_demo(commands)
+    _add_report(commands)
     return result
 
 
@@ -99,6 +121,35 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="text (a text a line) or .jsonl, also .gz; - is standard input",
+    )
+    group = parser.add_argument_group("input")
+    group.add_argument("--input-format", choices=("auto", "text", "jsonl"), default="auto")
+    group.add_argument(
+        "--key", default="text", help="key of the text in JSON lines (default: text)"
+    )
+    group.add_argument("--id-key", default="id", help="key of the id in JSON lines (default: id)")
+
+
+def _add_embeddings(parser: argparse.ArgumentParser) -> Any:
+    """What the embeddings are of, whatever their precision."""
+    group = parser.add_argument_group("embeddings")
+    group.add_argument(
+        "--task", help="adapter: retrieval, text-matching, clustering or classification"
+    )
+    prompts = group.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt-name", help="query or document; default: the checkpoint's")
+    prompts.add_argument("--prompt", help="the prompt itself; '' for none")
+    group.add_argument("--pooling", choices=POOLINGS, help="default: the checkpoint's")
+    group.add_argument("--truncate-dim", type=_positive, metavar="N", help="dimensions kept")
+    return group
+
+
 def _add_encode(commands: Any) -> None:
     parser = _command(
         commands,
@@ -106,12 +157,7 @@ def _add_encode(commands: Any) -> None:
         "Encode text files into one file of embeddings.",
         epilog=ENCODE_EXAMPLES,
     )
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="INPUT",
-        help="text (a text a line) or .jsonl, also .gz; - is standard input",
-    )
+    _add_inputs(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -128,27 +174,23 @@ def _add_encode(commands: Any) -> None:
         "--overwrite", action="store_true", help="replace OUT and discard a stopped run"
     )
     _add_model(parser, required=True)
-    group = parser.add_argument_group("input")
-    group.add_argument("--input-format", choices=("auto", "text", "jsonl"), default="auto")
-    group.add_argument(
-        "--key", default="text", help="key of the text in JSON lines (default: text)"
-    )
-    group.add_argument("--id-key", default="id", help="key of the id in JSON lines (default: id)")
-    group = parser.add_argument_group("embeddings")
-    group.add_argument(
-        "--task", help="adapter: retrieval, text-matching, clustering or classification"
-    )
-    prompts = group.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt-name", help="query or document; default: the checkpoint's")
-    prompts.add_argument("--prompt", help="the prompt itself; '' for none")
-    group.add_argument("--pooling", choices=POOLINGS, help="default: the checkpoint's")
-    group.add_argument("--truncate-dim", type=_positive, metavar="N", help="dimensions kept")
+    group = _add_embeddings(parser)
     group.add_argument("--precision", choices=PRECISIONS, default="float32")
-    group.add_argument(
+    ranges = group.add_mutually_exclusive_group()
+    ranges.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="of jv5kernels calibrate, for int8 and uint8",
+    )
+    ranges.add_argument(
         "--ranges",
         type=Path,
         metavar="FILE.npy",
-        help="(2, dim) minima and maxima for int8 and uint8",
+        help="(2, dim) minima and maxima for int8 and uint8, unchecked",
+    )
+    group.add_argument(
+        "--profile", choices=PROFILES, help="the vector store whose byte layout is written"
     )
     _add_limits(parser)
     parser.add_argument(
@@ -157,6 +199,36 @@ def _add_encode(commands: Any) -> None:
         metavar="N",
         help="texts between two safe points; default: 512 on a CPU, 8192 on a GPU",
     )
+    parser.add_argument("--no-progress", action="store_true", help="print the summary only")
+
+
+def _add_calibrate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "calibrate",
+        "Measure the ranges of int8 and uint8 output over a corpus, once, for corpus and queries.",
+        epilog=CALIBRATE_EXAMPLES,
+    )
+    _add_inputs(parser)
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="the calibration's file"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    _add_model(parser, required=True)
+    _add_embeddings(parser)
+    group = parser.add_argument_group("ranges")
+    group.add_argument(
+        "--percentile",
+        type=float,
+        metavar="P",
+        help="99.9: from the 0.1th to the 99.9th percentile; default: exact minima and maxima",
+    )
+    group.add_argument(
+        "--symmetric",
+        action="store_true",
+        help="one range around zero, for stores that compare codes (usearch, qdrant, milvus, ...)",
+    )
+    _add_limits(parser)
     parser.add_argument("--no-progress", action="store_true", help="print the summary only")
 
 
@@ -234,6 +306,53 @@ def _add_demo(commands: Any) -> None:
     _add_model(parser, required=False, note="; default: a small random-weight checkpoint made here")
     parser.add_argument("--query", help="text whose neighbours are shown")
     parser.add_argument("--text-file", type=Path, help="texts to search, one a line")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "report",
+        "Draw what truncation and quantisation keep of the fp32 ranking, by bytes per vector.",
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="texts as for encode; default: docstrings and help topics of Python's library",
+    )
+    parser.add_argument(
+        "--queries", metavar="FILE", help="texts to search with; default: the corpus"
+    )
+    parser.add_argument("--input-format", choices=("auto", "text", "jsonl"), default="auto")
+    parser.add_argument(
+        "--key", default="text", help="key of the text in JSON lines (default: text)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("retention.png"),
+        metavar="OUT.png",
+        help="the picture (default: retention.png)",
+    )
+    _add_model(parser, required=False, note="; default: the demo's small checkpoint")
+    parser.add_argument("--task", help="adapter; default: retrieval")
+    parser.add_argument(
+        "--dims",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help="default: halves of the model's, to 32",
+    )
+    parser.add_argument(
+        "--oversample",
+        type=_positive,
+        default=4,
+        metavar="N",
+        help="candidates a hit before rescoring (default: 4)",
+    )
+    _add_limits(parser)
+    _add_json(parser)
 
 
 def _positive(text: str) -> int:

@@ -19,7 +19,7 @@ from jv5kernels.commands.files import Corpus, EmbeddingFile, blocks
 if TYPE_CHECKING:
     from jv5kernels.encoder import FastEncoder
 
-__all__ = ["BLOCK_TEXTS", "Job", "encode_corpus"]
+__all__ = ["BLOCK_TEXTS", "Job", "Meter", "encode_corpus", "quiet_about_truncation"]
 
 # A block is what an interruption can cost: seconds on a GPU, about a minute on a CPU.
 BLOCK_TEXTS = {"cuda": 8192, "cpu": 512}
@@ -36,7 +36,7 @@ class Job:
         corpus: the texts.
         out: where the embeddings go.
         encoder: keyword arguments of FastEncoder, ``model`` among them.
-        call: keyword arguments of FastEncoder.encode; ``ranges`` may be a path to a .npy file.
+        call: keyword arguments of FastEncoder.encode; ``ranges`` may be a path to a .npy file, ``calibration`` a path.
         block: texts a block; None: by device.
         progress: show how far it is, on standard error.
     """
@@ -57,7 +57,7 @@ def encode_corpus(job: Job) -> str:
         and can be continued.
     """
     try:
-        with _quiet_about_truncation():
+        with quiet_about_truncation():
             return _run(job)
     finally:
         job.out.close()
@@ -68,8 +68,10 @@ def _run(job: Job) -> str:
 
     out = job.out
     call = dict(job.call)
-    ranges = call.pop("ranges", None)
-    out.require(**call, ranges=_file_digest(ranges) if ranges else None)
+    ranges, calibration = call.pop("ranges", None), call.get("calibration")
+    files = {"ranges": ranges, "calibration": calibration}
+    digests = {name: _file_digest(file) if file else None for name, file in files.items()}
+    out.require(**{**call, **digests})
     records = iter(job.corpus)
     out.skip_complete(records)
     encoder = FastEncoder(**job.encoder)
@@ -80,7 +82,7 @@ def _run(job: Job) -> str:
     out.begin(empty.shape[1], empty.dtype)
     before, start = out.rows, time.perf_counter()
     size = job.block or BLOCK_TEXTS[encoder.device.type]
-    with _Meter(job.corpus, job.progress) as meter:
+    with Meter(job.corpus, job.progress) as meter:
         for block in blocks(records, size, BLOCK_CHARACTERS):
             out.append(block, encoder.encode([record.text for record in block], **call))
             meter.show(out.rows, out.rows - before, encoder.statistics.tokens)
@@ -134,14 +136,14 @@ def _file_digest(path: Path) -> str:
 
 
 @contextmanager
-def _quiet_about_truncation() -> Iterator[None]:
+def quiet_about_truncation() -> Iterator[None]:
     """The encoder warns in every call; a corpus is many calls, so the summary counts instead."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".* texts were longer than")
         yield
 
 
-class _Meter:
+class Meter:
     """Progress on standard error: a live line on a terminal, a line now and then elsewhere."""
 
     def __init__(self, corpus: Corpus, enabled: bool) -> None:
@@ -149,7 +151,7 @@ class _Meter:
         self._start = self._last_line = time.perf_counter()
         self._live: Any = None
 
-    def __enter__(self) -> _Meter:
+    def __enter__(self) -> Meter:
         if self._enabled and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn

@@ -18,9 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jv5kernels.ops.checks import FLOAT_DTYPES, REFERENCE_DTYPES, check_cu_seqlens, check_tensor
-from jv5kernels.ops.registry import Implementation, Operator, Reason, triton_unavailable
+from jv5kernels.ops.registry import (
+    Implementation,
+    Operator,
+    Reason,
+    gluon_unavailable,
+    triton_unavailable,
+)
 
 KERNEL_HEAD_DIMS = (32, 64, 128, 256)
+HOPPER_HEAD_DIMS = (64, 128)
 
 
 def attention_varlen(
@@ -37,21 +44,23 @@ def attention_varlen(
     """Returns the attention of every token over the tokens of its own sequence.
 
     Sequence i is rows cu_seqlens[i]:cu_seqlens[i+1]; it may be empty. "triton" never lets a row depend on the
-    other sequences of the batch and needs no host synchronisation. "torch" and "sdpa" call torch's
+    other sequences of the batch and needs no host synchronisation; "gluon", for Hopper GPUs, keeps the same promise
+    and is faster. "torch" and "sdpa" call torch's
     scaled_dot_product_attention (which takes cuDNN or flash where it can) once for each run of neighbours of
     equal length, so they copy cu_seqlens to the host. "flash_attn" needs the package of that name.
 
     Args:
         q: (T, Hq, D), float32, float16 or bfloat16 (float64 with impl="torch"). Tokens and heads may be
             strided, so q, k and v may be views of one fused projection; the last dimension is contiguous.
-            The Triton kernel takes D of 32, 64, 128 and 256.
+            The Triton kernel takes D of 32, 64, 128 and 256; the Gluon kernel bfloat16 with D of 64 and 128, whose
+            tokens start at multiples of 16 bytes and whose heads lie side by side.
         k: (T, Hkv, D), dtype of q; Hkv divides Hq.
         v: (T, Hkv, D), dtype of q.
         cu_seqlens: (B+1,) int32, on the device of q, rising from 0 to T.
         max_seqlen: at least the length of the longest sequence.
         causal: whether a token sees only itself and the tokens before it.
         softmax_scale: factor of the scores, positive; None means 1/sqrt(D).
-        impl: "auto", "triton", "sdpa", "flash_attn" or "torch".
+        impl: "auto", "gluon", "triton", "sdpa", "flash_attn" or "torch".
 
     Returns:
         (T, Hq, D), dtype of q, contiguous.
@@ -159,6 +168,30 @@ def _attention_triton(
     return out
 
 
+def _attention_gluon(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+) -> Tensor:
+    from jv5kernels.kernels.attention_sm90 import launch_attention_sm90
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    launch_attention_sm90(q, k, v, cu_seqlens, max_seqlen, causal, scale, out)
+    return out
+
+
+def _gluon_unsupported(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Reason:
+    if q.dtype != torch.bfloat16:
+        return f"the kernel takes bfloat16, not {q.dtype}"
+    if q.shape[2] not in HOPPER_HEAD_DIMS:
+        return f"the kernel takes head_dim {HOPPER_HEAD_DIMS}, not {q.shape[2]}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) != x.shape[2]:
+            return (
+                f"the kernel takes tokens at multiples of 16 bytes with their heads side by side, not {name} at "
+                f"{x.data_ptr() % 16} bytes past one with strides {x.stride()}"
+            )
+    return None
+
+
 def _attention_flash(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
 ) -> Tensor:
@@ -191,11 +224,12 @@ _attention = Operator(
     schema="(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, bool causal, "
     "float softmax_scale, str impl) -> Tensor",
     implementations={
+        "gluon": Implementation(_attention_gluon, gluon_unavailable, _gluon_unsupported),
         "triton": Implementation(_attention_triton, triton_unavailable, head_dim_unsupported),
         "sdpa": Implementation(_attention_torch),
         "flash_attn": Implementation(_attention_flash, _flash_unavailable, _flash_unsupported),
         "torch": Implementation(_attention_torch),
     },
-    auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    auto={"cuda": ("gluon", "triton", "torch"), "cpu": ("torch",)},
     fake=lambda q, *_: q.new_empty(q.shape),
 )

@@ -1,10 +1,12 @@
-"""Pooling: one float32 row a sequence (its last token, its first token, the mean) or a span of tokens.
+"""Pooling: one float32 row a sequence, or a span of tokens: its last token, its first token, or the mean.
 
 Sums are taken in chunks of a constant number of tokens that start at the sequence's first token, and
 the chunks are added in a fixed order. So the bits of a sequence's mean do not depend on its batch.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from jv5kernels.ops.registry import (
     triton_unavailable,
 )
 
+if TYPE_CHECKING:
+    from jv5kernels.kernels.embed_output import Target
+
 POOLING_MODES = ("lasttoken", "mean", "cls")
 
 
@@ -29,24 +34,25 @@ def pool(
     spans: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Returns one pooled row for every sequence, or the mean over every span.
+    """Returns one pooled row for every sequence, or for every span.
 
     Args:
         hidden: (T, C), float32, float16 or bfloat16 (float64 with impl="torch"); rows may be strided.
         cu_seqlens: (B+1,), int32; sequence i is rows cu_seqlens[i]:cu_seqlens[i+1].
         mode: "lasttoken", "mean" or "cls" (the first token).
-        spans: (N, 2), int32, half-open ranges [start, end) of packed rows, in any order, overlapping
-            or not; needs mode="mean" and takes the place of the sequences.
+        spans: (S, 2), int32, half-open ranges [start, end) of packed rows that take the place of the
+            sequences, in any order, overlapping or not. Best on the CPU, where a chunker leaves them:
+            the host sizes its work by their lengths, and reads them back from any other device.
         impl: "auto", "triton", "cpp" (float32 on the CPU) or "torch".
 
     Returns:
-        (B, C), or (N, C) with spans; float32 (float64 for a float64 input), contiguous. An empty
+        (B, C), or (S, C) with spans; float32 (float64 for a float64 input), contiguous. An empty
         sequence or span gives a row of zeros: its length is known on the device alone.
 
     Raises:
         TypeError: a dtype that is not allowed.
         ValueError: an unknown mode, shapes that do not fit, inputs that require gradients, an `impl`
-            that cannot run here; with "cpp" also ranges that leave the tokens.
+            that cannot run here, spans that leave the tokens; with "cpp" also such sequences.
 
     Example:
         >>> hidden = torch.tensor([[1.0], [3.0], [5.0]])
@@ -57,10 +63,7 @@ def pool(
     check_tensor("hidden", hidden, ndim=2, dtypes=REFERENCE_DTYPES)
     check_cu_seqlens(cu_seqlens, hidden.device)
     check_pooling_mode(mode)
-    if spans is not None:
-        check_tensor("spans", spans, shape=(None, 2), dtypes=(torch.int32,), device=hidden.device)
-        if mode != "mean":
-            raise ValueError(f"spans are pooled with mode='mean' alone, not mode={mode!r}")
+    check_spans(spans, hidden.device)
     return _pool(hidden, cu_seqlens, mode, spans, impl)
 
 
@@ -70,12 +73,37 @@ def check_pooling_mode(mode: str) -> None:
         raise ValueError(f"mode={mode!r} is unknown: choose one of {list(POOLING_MODES)}")
 
 
-def pooled_ranges(cu_seqlens: Tensor, mode: str, spans: Tensor | None) -> list[tuple[int, int]]:
+def check_spans(spans: Tensor | None, device: torch.device) -> None:
+    """Checks dtype, shape and device of spans; their values are checked where the host reads them."""
+    if spans is None:
+        return
+    check_tensor("spans", spans, shape=(None, 2), dtypes=(torch.int32,))
+    if spans.device.type != "cpu" and spans.device != device:
+        raise ValueError(f"spans is on {spans.device}: allowed are cpu and {device}")
+
+
+def spans_on_host(spans: Tensor, total_tokens: int) -> Tensor:
+    """The spans on the CPU, or a ValueError that names the first that leaves the tokens."""
+    spans = spans.cpu()
+    starts, ends = spans.unbind(1)
+    outside = (starts < 0) | (ends < starts) | (ends > total_tokens)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"spans[{row}] is {spans[row].tolist()}: rows must keep 0 <= start <= end <= {total_tokens}"
+        )
+    return spans
+
+
+def pooled_ranges(
+    cu_seqlens: Tensor, mode: str, spans: Tensor | None, total_tokens: int
+) -> list[tuple[int, int]]:
     """The rows [start, end) that each pooled row is the mean of; reads the lengths (a host sync)."""
-    if spans is not None:
-        return [(start, end) for start, end in spans.tolist()]
-    offsets = cu_seqlens.tolist()
-    ranges = list(zip(offsets[:-1], offsets[1:], strict=True))
+    if spans is None:
+        offsets = cu_seqlens.tolist()
+        ranges = list(zip(offsets[:-1], offsets[1:], strict=True))
+    else:
+        ranges = [(start, end) for start, end in spans_on_host(spans, total_tokens).tolist()]
     if mode == "lasttoken":
         return [(max(start, end - 1), end) for start, end in ranges]
     if mode == "cls":
@@ -84,7 +112,7 @@ def pooled_ranges(cu_seqlens: Tensor, mode: str, spans: Tensor | None) -> list[t
 
 
 def _pool_torch(hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: Tensor | None) -> Tensor:
-    ranges = pooled_ranges(cu_seqlens, mode, spans)
+    ranges = pooled_ranges(cu_seqlens, mode, spans, hidden.shape[0])
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     out = hidden.new_zeros((len(ranges), hidden.shape[1]), dtype=dtype)
     for row, (start, end) in enumerate(ranges):
@@ -94,30 +122,82 @@ def _pool_torch(hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: Tensor | N
 
 
 def _pool_triton(hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: Tensor | None) -> Tensor:
-    from jv5kernels.kernels.pool import launch_pool_mean, launch_pool_spans, launch_pool_token
+    from jv5kernels.kernels.embed_output import Target
 
-    rows = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0]
-    out = torch.empty((rows, hidden.shape[1]), dtype=torch.float32, device=hidden.device)
-    if spans is not None:
-        launch_pool_spans(hidden, spans, out)
-    elif mode == "mean":
-        launch_pool_mean(hidden, cu_seqlens, None, 0.0, partial_sums(hidden, cu_seqlens), out)
-    else:
-        launch_pool_token(hidden, cu_seqlens, mode == "lasttoken", out)
+    rows, width = cu_seqlens.shape[0] - 1 if spans is None else spans.shape[0], hidden.shape[1]
+    out = torch.empty((rows, width), dtype=torch.float32, device=hidden.device)
+    flags = torch.empty(rows, dtype=torch.uint8, device=hidden.device)
+    target = Target(out, flags, width, normalize=False, ranges=None)
+    run_triton(hidden, cu_seqlens, mode, spans, None, 0.0, target)
     return out
 
 
-def partial_sums(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Uninitialised room for the sums of all chunks, for launch_pool_mean."""
-    from jv5kernels.kernels.pool import number_of_chunks
+def run_triton(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    mode: str,
+    spans: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    target: Target,
+) -> None:
+    """Fills a target of kernels/embed_output.py: one launch for a token a row, two for means."""
+    from jv5kernels.kernels.embed_output import launch_means, launch_tokens
+    from jv5kernels.kernels.pool import launch_chunk_sums, number_of_chunks
 
-    chunks = number_of_chunks(hidden.shape[0], cu_seqlens.shape[0] - 1)
-    return torch.empty((chunks, hidden.shape[1]), dtype=torch.float32, device=hidden.device)
+    total_tokens, width = hidden.shape
+    device, rows = hidden.device, target.out.shape[0]
+    if spans is not None:
+        spans = spans_on_host(spans, total_tokens)
+    if mode != "mean":
+        bounds = cu_seqlens if spans is None else _sent(spans, device)
+        launch_tokens(hidden, bounds, mode == "lasttoken", norm_weight, eps, target)
+        return
+    if spans is None:
+        offsets, chunk_table, row_table = cu_seqlens, None, None
+        chunks = number_of_chunks(total_tokens, rows)
+        arrivals = torch.empty(rows, dtype=torch.int32, device=device)
+    else:
+        offsets = None
+        chunk_table, row_table, arrivals = span_tables(spans, device)
+        chunks = chunk_table.shape[0]
+    partials = torch.empty((chunks, width), dtype=torch.float32, device=device)
+    has_norm = norm_weight is not None
+    launch_chunk_sums(hidden, offsets, chunk_table, has_norm, eps, partials, arrivals)
+    launch_means(partials, offsets, row_table, arrivals, norm_weight, target)
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for; from pageable memory, so it is taken at once."""
+    return table.clone(memory_format=torch.contiguous_format).to(device, non_blocking=True)
+
+
+def span_tables(spans: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernels of a mean need to know of spans, sent to a device in one copy, int32.
+
+    Returns:
+        (chunks, 2): first and last + 1 token of every chunk; (S, 2): length of every span and the number
+        of its first chunk; (S,): zeros.
+    """
+    from jv5kernels.kernels.pool import CHUNK
+
+    starts, ends = spans.long().unbind(1)
+    lengths = ends - starts
+    counts = (lengths + CHUNK - 1) // CHUNK
+    firsts = counts.cumsum(0) - counts
+    span_of = torch.repeat_interleave(counts)
+    begins = starts[span_of] + CHUNK * (torch.arange(len(span_of)) - firsts[span_of])
+    chunks = torch.stack([begins, torch.minimum(begins + CHUNK, ends[span_of])], 1)
+    parts = (chunks, torch.stack([lengths, firsts], 1), torch.zeros_like(lengths))
+    together = _sent(torch.cat([part.flatten() for part in parts]).int(), device)
+    chunk_table, row_table, zeros = together.split([part.numel() for part in parts])
+    return chunk_table.view(-1, 2), row_table.view(-1, 2), zeros
 
 
 def _pool_cpp(hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: Tensor | None) -> Tensor:
     from jv5kernels import _C
 
+    spans = None if spans is None else spans_on_host(spans, hidden.shape[0])
     address, rows, step = native_ranges(cu_seqlens, spans)
     out = torch.empty((rows, hidden.shape[1]), dtype=torch.float32)
     status = _C.pool_float32(
@@ -160,7 +240,8 @@ def cpp_unsupported(hidden: Tensor, *_: object) -> Reason:
     return None
 
 
-def _triton_unsupported(hidden: Tensor, *_: object) -> Reason:
+def triton_unsupported(hidden: Tensor, *_: object) -> Reason:
+    """Why the Triton kernels cannot take `hidden`, or None."""
     if hidden.dtype not in FLOAT_DTYPES:
         return f"the kernel takes float32, float16 and bfloat16, not {hidden.dtype}"
     return None
@@ -176,7 +257,7 @@ _pool = Operator(
     name="pool",
     schema="(Tensor hidden, Tensor cu_seqlens, str mode, Tensor? spans, str impl) -> Tensor",
     implementations={
-        "triton": Implementation(_pool_triton, triton_unavailable, _triton_unsupported),
+        "triton": Implementation(_pool_triton, triton_unavailable, triton_unsupported),
         "cpp": Implementation(_pool_cpp, cpp_unavailable, cpp_unsupported),
         "torch": Implementation(_pool_torch),
     },

@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 
 from jv5kernels.ops.checks import REFERENCE_DTYPES, check_tensor
-from jv5kernels.ops.pool import check_native_status, cpp_unsupported
-from jv5kernels.ops.registry import Implementation, Operator, cpp_unavailable
+from jv5kernels.ops.pool import check_native_status, cpp_unsupported, triton_unsupported
+from jv5kernels.ops.registry import (
+    Implementation,
+    Operator,
+    cpp_unavailable,
+    triton_unavailable,
+)
 
 INT8_PRECISIONS = ("int8", "uint8")
 BINARY_PRECISIONS = ("ubinary", "binary")
@@ -34,7 +39,7 @@ def quantize_int8(
         ranges: (2, dim), minima and maxima, float32 (other float dtypes are rounded to it).
         precision: "uint8": the byte is the code. "int8": the byte is code - 128 in two's complement,
             that is the code with its top bit flipped.
-        impl: "auto", "cpp" (float32 on the CPU) or "torch".
+        impl: "auto", "triton", "cpp" (float32 on the CPU) or "torch".
 
     Returns:
         (B, dim), int8 or uint8, contiguous: byte c of a row is dimension c.
@@ -51,7 +56,7 @@ def quantize_int8(
     """
     check_tensor("x", x, ndim=2, dtypes=REFERENCE_DTYPES)
     check_tensor("ranges", ranges, shape=(2, x.shape[1]), dtypes=REFERENCE_DTYPES, device=x.device)
-    _check_precision(precision, INT8_PRECISIONS)
+    check_precision(precision, INT8_PRECISIONS)
     return _quantize_int8(x, ranges, precision, impl)
 
 
@@ -62,7 +67,7 @@ def quantize_binary(x: Tensor, precision: str = "ubinary", *, impl: str = "auto"
         x: (B, dim), float32, float16, bfloat16 or float64; rows may be strided.
         precision: "ubinary": bytes as packed. "binary": the same bytes minus 128 as int8, that is
             with the top bit flipped.
-        impl: "auto", "cpp" (float32 on the CPU) or "torch".
+        impl: "auto", "triton", "cpp" (float32 on the CPU) or "torch".
 
     Returns:
         (B, ceil(dim / 8)), uint8 or int8, contiguous. Dimension 8j + k is bit 7 - k of byte j (the
@@ -78,11 +83,12 @@ def quantize_binary(x: Tensor, precision: str = "ubinary", *, impl: str = "auto"
         tensor([[150]], dtype=torch.uint8)
     """
     check_tensor("x", x, ndim=2, dtypes=REFERENCE_DTYPES)
-    _check_precision(precision, BINARY_PRECISIONS)
+    check_precision(precision, BINARY_PRECISIONS)
     return _quantize_binary(x, precision, impl)
 
 
-def _check_precision(precision: str, allowed: tuple[str, ...]) -> None:
+def check_precision(precision: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless `precision` is one of the allowed ones."""
     if precision not in allowed:
         raise ValueError(f"precision={precision!r} is unknown: choose one of {list(allowed)}")
 
@@ -106,6 +112,23 @@ def _quantize_binary_torch(x: Tensor, precision: str) -> Tensor:
     weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=x.device)
     codes = (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
     return _signed(codes, precision)
+
+
+def _quantize_int8_triton(x: Tensor, ranges: Tensor, precision: str) -> Tensor:
+    from jv5kernels.kernels.quantize import launch_quantize
+
+    out = torch.empty(x.shape, dtype=_output_dtype(precision), device=x.device)
+    launch_quantize(x, ranges.float().contiguous(), out)
+    return out
+
+
+def _quantize_binary_triton(x: Tensor, precision: str) -> Tensor:
+    from jv5kernels.kernels.quantize import launch_quantize
+
+    shape = (x.shape[0], -(-x.shape[1] // 8))
+    out = torch.empty(shape, dtype=_output_dtype(precision), device=x.device)
+    launch_quantize(x, None, out)
+    return out
 
 
 def _quantize_int8_cpp(x: Tensor, ranges: Tensor, precision: str) -> Tensor:
@@ -152,10 +175,11 @@ _quantize_int8 = Operator(
     name="quantize_int8",
     schema="(Tensor x, Tensor ranges, str precision, str impl) -> Tensor",
     implementations={
+        "triton": Implementation(_quantize_int8_triton, triton_unavailable, triton_unsupported),
         "cpp": Implementation(_quantize_int8_cpp, cpp_unavailable, cpp_unsupported),
         "torch": Implementation(_quantize_int8_torch),
     },
-    auto={"cuda": ("torch",), "cpu": ("cpp", "torch")},
+    auto={"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
     fake=lambda x, ranges, precision, impl: x.new_empty(x.shape, dtype=_output_dtype(precision)),
 )
 
@@ -163,10 +187,11 @@ _quantize_binary = Operator(
     name="quantize_binary",
     schema="(Tensor x, str precision, str impl) -> Tensor",
     implementations={
+        "triton": Implementation(_quantize_binary_triton, triton_unavailable, triton_unsupported),
         "cpp": Implementation(_quantize_binary_cpp, cpp_unavailable, cpp_unsupported),
         "torch": Implementation(_quantize_binary_torch),
     },
-    auto={"cuda": ("torch",), "cpu": ("cpp", "torch")},
+    auto={"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
     fake=lambda x, precision, impl: x.new_empty(
         (x.shape[0], (x.shape[1] + 7) // 8), dtype=_output_dtype(precision)
     ),

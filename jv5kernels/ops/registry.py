@@ -162,6 +162,15 @@ def triton_unavailable(device: torch.device) -> Reason:
     return _capability_reason(device.index or 0)
 
 
+def gluon_unavailable(device: torch.device) -> Reason:
+    """Why our Gluon kernels for Hopper cannot run on a device, or None."""
+    if find_triton() is None:
+        return "the package triton is not installed"
+    if device.type != "cuda" or triton_interpreted():
+        return "needs a CUDA device (Triton's interpreter does not run Gluon)"
+    return _hopper_reason(device.index or 0)
+
+
 @lru_cache
 def find_triton() -> Any:
     """The import spec of triton, or None; triton itself is not imported."""
@@ -173,6 +182,16 @@ def _capability_reason(index: int) -> Reason:
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"needs compute capability 8.0 or later, this GPU has {major}.{minor}"
+    return None
+
+
+@lru_cache
+def _hopper_reason(index: int) -> Reason:
+    major, minor = torch.cuda.get_device_capability(index)
+    if major != 9:
+        return f"needs compute capability 9.0 (Hopper), this GPU has {major}.{minor}"
+    if find_spec("triton.experimental.gluon.nvidia.hopper") is None:
+        return "needs Triton 3.6 or later"
     return None
 
 

@@ -1,0 +1,129 @@
+"""The softmax passes of attention on Hopper: what one consumer warpgroup does with the key tiles after the first.
+
+A pass walks over n - 1 key tiles. It is given, and gives back, the weights p of the tile before (whose product with
+its values is still to come), the output, the row sums and the place in the ring of key and value tiles.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from jv5kernels.kernels.hopper import advance
+
+ROWS = gl.constexpr(64)  # of one consumer, the height of a wgmma
+
+
+@gluon.jit
+def issue_scores(b_q, b_k, D: gl.constexpr, BN: gl.constexpr):
+    """q · kᵀ, in flight: [64, BN]."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    b_zero = gl.zeros([ROWS, BN], gl.float32, s_layout)
+    return warpgroup_mma(
+        b_q, b_k.reshape([BN, D]).permute((1, 0)), b_zero, use_acc=False, is_async=True
+    )
+
+
+@gluon.jit
+def issue_output(b_p, b_v, b_out, D: gl.constexpr, BN: gl.constexpr):
+    """b_out + p · v, in flight: [64, D]."""
+    return warpgroup_mma(b_p, b_v.reshape([BN, D]), b_out, is_async=True)
+
+
+@gluon.jit
+def exponentials(b_s, scale, b_offset, SUM_BY_MMA: gl.constexpr):
+    """2^(score - offset), [64, BN] fp32; cut to bf16's bits where the sums are taken from these values."""
+    b_p = gl.exp2(b_s * scale - b_offset[:, None])
+    if not SUM_BY_MMA:
+        b_p = (b_p.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+    return b_p
+
+
+@gluon.jit
+def lane_sums(b_p):
+    """[64, BN] -> [64, 4]: what each lane of a quad holds of a row, without a shuffle."""
+    BN: gl.constexpr = b_p.shape[1]
+    return gl.sum(gl.sum(gl.reshape(b_p, [64, BN // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def add_rows(b_sum, b_p, BN: gl.constexpr):
+    """b_sum [64, 8] plus the row sums of b_p [64, BN] in every column, by a product with ones."""
+    layout: gl.constexpr = b_sum.type.layout
+    b_ones = gl.full([BN, 8], 1.0, b_p.dtype, gl.DotOperandLayout(1, layout, 2))
+    return mma_v2(
+        gl.convert_layout(b_p, gl.DotOperandLayout(0, layout, 2), assert_trivial=True),
+        b_ones,
+        b_sum,
+    )
+
+
+@gluon.jit
+def static_pass(
+    keys, state, n, scale, b_offset,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SUM_BY_MMA: gl.constexpr,
+):  # fmt: skip
+    """p = 2^(score - offset) under the offset of the first tile; the exponentials run beside p·v of the tile before."""
+    b_q, k_smem, v_smem, k_bars, v_bars = keys
+    b_p, b_out, b_sum, stage, phase = state
+    for i in range(n - 1):
+        v_stage = stage
+        v_phase = phase
+        stage, phase = advance(stage, phase, STAGES)
+        mbarrier.wait(k_bars[0].index(stage), phase)
+        b_s = issue_scores(b_q, k_smem.index(stage), D, BN)
+        if SUM_BY_MMA:
+            b_sum = add_rows(b_sum, b_p, BN)
+        mbarrier.wait(v_bars[0].index(v_stage), v_phase)
+        b_out = issue_output(b_p, v_smem.index(v_stage), b_out, D, BN)
+        b_s = warpgroup_mma_wait(1, [b_s])
+        mbarrier.arrive(k_bars[1].index(stage))
+        b_e = exponentials(b_s, scale, b_offset, SUM_BY_MMA)
+        if not SUM_BY_MMA:
+            b_sum += lane_sums(b_e)
+        # Keeps ptxas from moving the next wait above the exponentials.
+        k_stage, k_phase = advance(stage, phase, STAGES)
+        mbarrier.wait(k_bars[0].index(k_stage), k_phase, pred=i < n - 2)
+        b_out, b_p = warpgroup_mma_wait(0, [b_out, b_p])
+        mbarrier.arrive(v_bars[1].index(v_stage))
+        b_p = gl.convert_layout(b_e.to(b_p.dtype), b_p.type.layout, assert_trivial=True)
+    return b_p, b_out, b_sum, stage, phase
+
+
+@gluon.jit
+def online_pass(
+    keys, state, n, scale, b_offset,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SUM_BY_MMA: gl.constexpr,
+):  # fmt: skip
+    """The same with a running maximum as offset: for rows whose scores lie too far apart. Rare, so plain."""
+    b_q, k_smem, v_smem, k_bars, v_bars = keys
+    b_p, b_out, b_sum, stage, phase = state
+    o_rows: gl.constexpr = gl.SliceLayout(1, b_out.type.layout)
+    l_rows: gl.constexpr = gl.SliceLayout(1, b_sum.type.layout)
+    for _ in range(n - 1):
+        if SUM_BY_MMA:
+            b_sum = add_rows(b_sum, b_p, BN)
+        mbarrier.wait(v_bars[0].index(stage), phase)
+        b_out = issue_output(b_p, v_smem.index(stage), b_out, D, BN)
+        b_out, b_p = warpgroup_mma_wait(0, [b_out, b_p])
+        mbarrier.arrive(v_bars[1].index(stage))
+        stage, phase = advance(stage, phase, STAGES)
+        mbarrier.wait(k_bars[0].index(stage), phase)
+        b_s = warpgroup_mma_wait(0, [issue_scores(b_q, k_smem.index(stage), D, BN)])
+        mbarrier.arrive(k_bars[1].index(stage))
+        b_new = gl.maximum(b_offset, gl.max(b_s, 1) * scale)
+        b_decay = gl.exp2(b_offset - b_new)
+        b_offset = b_new
+        b_e = exponentials(b_s, scale, b_offset, SUM_BY_MMA)
+        b_sum = b_sum * gl.convert_layout(b_decay, l_rows)[:, None]
+        if not SUM_BY_MMA:
+            b_sum += lane_sums(b_e)
+        b_out = b_out * gl.convert_layout(b_decay, o_rows)[:, None]
+        b_p = gl.convert_layout(b_e.to(b_p.dtype), b_p.type.layout, assert_trivial=True)
+    return b_p, b_out, b_sum, stage, phase

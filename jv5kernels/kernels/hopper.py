@@ -1,0 +1,77 @@
+"""What Gluon kernels for Hopper share: rings of buffers, words in shared memory, TMA descriptors of packed tensors."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Names that Gluon changed after Triton 3.6.
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+# Where the row dimension of a ragged descriptor ends: at the end of the sequence.
+RAGGED_END = gl.constexpr(0x40000000)
+
+
+@gluon.jit
+def advance(stage, phase, STAGES: gl.constexpr):
+    """The next stage of a ring, and its phase."""
+    stage += 1
+    wraps = stage == STAGES
+    return gl.where(wraps, 0, stage), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def put(memory, index, value, WARPS: gl.constexpr):
+    """Writes one integer to shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    memory.index(index).store(gl.full([1], value, gl.int32, layout))
+
+
+@gluon.jit
+def get(memory, index, WARPS: gl.constexpr):
+    """Reads one integer from shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    return gl.max(memory.index(index).load(layout), 0)
+
+
+@gluon.jit
+def ring(COUNT: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Barriers of a ring of buffers: filled by one producer, emptied by all consumers."""
+    full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    return full, empty
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Persistent programs: one for each multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def ragged_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor of tiles [rows, D] of x (T, H, D) that end where a sequence does, with zeros after it.
+
+    Two leading dimensions shift the origin (their strides cancel in 64-bit arithmetic), so that row 2^30, where the
+    third dimension ends, is the end of the sequence; triton.tools.ragged_tma explains the trick.
+    """
+    _, H, D = x.shape
+    stride = x.stride(0)
+    shape = [0x7FFF0000, 0x7FFF0000, RAGGED_END.value, H * D]
+    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=4)
+    return TensorDescriptor(x, shape, [2**34 - stride, stride, stride, 1], [1, 1, rows, D], layout)
+
+
+def row_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor of tiles [rows, D] of x (T, H, D), whatever sequence the rows belong to."""
+    T, H, D = x.shape
+    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=2)
+    return TensorDescriptor(x, [T, H * D], [x.stride(0), 1], [rows, D], layout)
