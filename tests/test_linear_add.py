@@ -243,7 +243,9 @@ def test_compiles_for_sm90():
     for report in reports:
         report.check(max_registers=200)
         assert f"wgmma.mma_async.sync.aligned.m64n{config.BN}k16" in report.ptx
-        assert "wgmma.wait_group.sync.aligned 1" in report.ptx, "every MMA waits for the one before"
+        # Serialised, there would be a wait behind each (newer ptxas does not warn of it).
+        waits = report.sass.count("WARPGROUP.DEPBAR")
+        assert not report.losses and waits < report.sass.count("HGMMA")
         assert "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add" in report.ptx
         assert "st.global" not in report.ptx and "ld.global" not in report.ptx
     # A tile that runs past the last column would ask for what is behind the matrix.
