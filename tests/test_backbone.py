@@ -1,4 +1,4 @@
-"""The layer loop's two forms of a block, in the GEMM and apart, compute the same, chunk by chunk or in one go."""
+"""The layer loop's two forms of the MLP, in the GEMM and apart, compute the same, chunk by chunk or in one go."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jv5kernels import backbone as module
 from jv5kernels.backbone import LowRank, PackedBackbone, Projection, fuse_layer
 from jv5kernels.model_spec import ModelSpec
-from jv5kernels.ops import linear_add, linear_swiglu, rope_table
+from jv5kernels.ops import linear_swiglu, rope_table
 from jv5kernels.packing import pack
 
 SPEC = ModelSpec(
@@ -74,9 +74,7 @@ def batch(device: torch.device | str):
 @pytest.fixture
 def fused(monkeypatch):
     """Lets the loop take the fused kernels for every number of rows, in the interpreter as well."""
-    monkeypatch.setattr(module, "adds_in_gemm", lambda *_: True)
     monkeypatch.setattr(module, "keeps_intermediate", lambda *_: True)
-    monkeypatch.setattr(module, "linear_add", partial(linear_add, impl="triton"))
     monkeypatch.setattr(module, "linear_swiglu", partial(linear_swiglu, impl="triton"))
 
 
