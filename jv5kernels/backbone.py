@@ -2,15 +2,14 @@
 
 What differs between the families (causal or not, q/k norm, grouped heads) is read from a `ModelSpec`. Per layer
 
-    x           = rms_norm(residual)
+    x, residual = add_rms_norm(y, residual)                (the addition of the previous block and this block's norm)
     q, k, v     = x · Wqkvᵀ;  qk_norm_rope in place
-    residual   += attention · Woᵀ
-    x           = rms_norm(residual)
-    residual   += swiglu(x · Wgate_upᵀ) · Wdownᵀ
+    y           = attention · Woᵀ
+    x, residual = add_rms_norm(y, residual)
+    y           = linear_swiglu(x, Wgate_up) · Wdownᵀ      (SwiGLU in the GEMM's epilogue where that is faster)
 
 The residual stream is fp32 in every compute dtype: rounded to bf16 at each of its additions, it would carry most of the
-error of a deep model. Where the GEMM cannot add to it in its epilogue (`ops.linear_add`), a block hands its output y
-on, and the next norm adds it on the way: x, residual = add_rms_norm(y, residual).
+error of a deep model. (Adding to it in the GEMM's epilogue was tried: bench/log_epilogues.md.)
 
 In the last layer only K and V are needed for all tokens; the rest is computed for the pooled tokens alone.
 """
@@ -27,7 +26,6 @@ from jv5kernels.model_spec import ModelSpec
 from jv5kernels.ops.attention import attention_varlen
 from jv5kernels.ops.attention_pooled import attention_pooled
 from jv5kernels.ops.linear import linear
-from jv5kernels.ops.linear_add import adds_in_gemm, linear_add
 from jv5kernels.ops.linear_swiglu import keeps_intermediate, linear_swiglu
 from jv5kernels.ops.qk_norm_rope import qk_norm_rope
 from jv5kernels.ops.rms_norm import add_rms_norm, rms_norm
@@ -206,7 +204,7 @@ class PackedBackbone:
         for layer in layers:
             x, residual = self._norm(y, residual, layer.input_norm)
             del y
-            y = self._project(self._attention(x, layer, batch), layer.o, residual)
+            y = layer.o(self._attention(x, layer, batch), self.batch_invariant)
             x, residual = self._norm(y, residual, layer.post_norm)
             del y
             y = self._mlp(x, layer, residual)
@@ -218,14 +216,6 @@ class PackedBackbone:
         if y is None:
             return rms_norm(residual, weight, eps, dtype=self.dtype), residual
         return add_rms_norm(y, residual, weight, eps)
-
-    def _project(self, x: Tensor, projection: Projection, residual: Tensor) -> Tensor | None:
-        """Adds the projection of x to the residual stream, or returns what is still to be added to it."""
-        weight = projection.weight
-        if projection.low_rank or not adds_in_gemm(x, weight, residual, self.batch_invariant):
-            return projection(x, self.batch_invariant)
-        linear_add(x, weight, residual, batch_invariant=self.batch_invariant)
-        return None
 
     def _rotate(
         self, projected: Tensor, positions: Tensor, layer: LayerWeights, heads: int, kv_heads: int
@@ -269,10 +259,10 @@ class PackedBackbone:
             x, layer.gate_up.weight, self.batch_invariant
         ):
             inner = linear_swiglu(x, layer.gate_up.weight, batch_invariant=self.batch_invariant)
-            return self._project(inner, layer.down, residual)
+            return layer.down(inner, self.batch_invariant)
         if x.shape[0] <= MLP_CHUNK_TOKENS:
             inner = swiglu(layer.gate_up(x, self.batch_invariant))
-            return self._project(inner, layer.down, residual)
+            return layer.down(inner, self.batch_invariant)
         chunks = zip(x.split(MLP_CHUNK_TOKENS), residual.split(MLP_CHUNK_TOKENS), strict=True)
         for x_chunk, residual_chunk in chunks:
             _total(self._mlp(x_chunk, layer, residual_chunk), residual_chunk)
@@ -301,7 +291,7 @@ class PackedBackbone:
             query_positions=positions if spec.causal else None,
         )
         residual = residual[rows]
-        y = self._project(out.flatten(1), layer.o, residual)
+        y = layer.o(out.flatten(1), self.batch_invariant)
         x, residual = self._norm(y, residual, layer.post_norm)
         return _total(self._mlp(x, layer, residual), residual)
 

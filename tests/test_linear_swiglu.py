@@ -226,6 +226,8 @@ def test_compiles_for_sm90():
         report.check(max_registers=200)
         # One MMA of the whole tile, fed by TMA as it lies: no copy of the weight through registers.
         assert f"wgmma.mma_async.sync.aligned.m64n{config.BN}k16" in report.ptx
-        assert "wgmma.wait_group.sync.aligned 1" in report.ptx, "every MMA waits for the one before"
+        # Serialised, there would be a wait behind each (newer ptxas does not warn of it).
+        waits = report.sass.count("WARPGROUP.DEPBAR")
+        assert not report.losses and waits < report.sass.count("HGMMA")
         assert "cp.async.bulk.tensor.3d" in report.ptx and "ld.shared" not in report.ptx
         assert "st.global" not in report.ptx, "the output does not go through TMA"

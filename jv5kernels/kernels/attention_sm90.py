@@ -46,6 +46,7 @@ from jv5kernels.kernels.attention_sm90_softmax import (
     lane_sums,
     online_pass,
     static_pass,
+    weights,
 )
 from jv5kernels.kernels.hopper import (
     RAGGED_END,
@@ -212,7 +213,6 @@ def consume(
     BM: gl.constexpr = ROWS * CONSUMERS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     l_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     # 16 bytes a lane, rows where the products leave them.
@@ -255,13 +255,12 @@ def consume(
             else:
                 b_s = gl.where((o_n < length)[None, :], b_s, float("-inf"))
             b_offset = gl.max(b_s, 1) * scale + gl.where(online != 0, 0.0, HEADROOM)
-            b_e = exponentials(b_s, scale, b_offset, SUM_BY_MMA)
-            b_p = gl.convert_layout(b_e.to(dtype), p_layout, assert_trivial=True)
+            b_p = weights(exponentials(b_s, scale, b_offset), D, dtype)
             b_out = gl.zeros([ROWS, D], gl.float32, o_layout)
             if SUM_BY_MMA:
                 b_sum = gl.zeros([ROWS, 8], gl.float32, l_layout)
             else:
-                b_sum = lane_sums(b_e)
+                b_sum = lane_sums(b_p)
             keys = (b_q, k_smem, v_smem, k_bars, v_bars)
             state = (b_p, b_out, b_sum, stage, phase)
             if online == 0:

@@ -37,19 +37,27 @@ def issue_output(b_p, b_v, b_out, D: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def exponentials(b_s, scale, b_offset, SUM_BY_MMA: gl.constexpr):
-    """2^(score - offset), [64, BN] fp32; cut to bf16's bits where the sums are taken from these values."""
-    b_p = gl.exp2(b_s * scale - b_offset[:, None])
-    if not SUM_BY_MMA:
-        b_p = (b_p.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
-    return b_p
+def exponentials(b_s, scale, b_offset):
+    """2^(score - offset), [64, BN] fp32."""
+    return gl.exp2(b_s * scale - b_offset[:, None])
+
+
+@gluon.jit
+def weights(b_e, D: gl.constexpr, dtype: gl.constexpr):
+    """The exponentials rounded to bf16, as the left operand of the product with v."""
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    return gl.convert_layout(b_e.to(dtype), p_layout, assert_trivial=True)
 
 
 @gluon.jit
 def lane_sums(b_p):
-    """[64, BN] -> [64, 4]: what each lane of a quad holds of a row, without a shuffle."""
+    """[64, BN] bf16 -> [64, 4] fp32: what each lane of a quad holds of a row, without a shuffle."""
     BN: gl.constexpr = b_p.shape[1]
-    return gl.sum(gl.sum(gl.reshape(b_p, [64, BN // 8, 4, 2]), 3), 1)
+    # Both halves of a register with an instruction each; the compiler takes two.
+    unpack: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+    b = gl.inline_asm_elementwise(unpack, "=r,=r,r", [b_p], gl.float32, True, 2)
+    return gl.sum(gl.sum(gl.reshape(b, [64, BN // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
@@ -84,15 +92,18 @@ def static_pass(
         b_out = issue_output(b_p, v_smem.index(v_stage), b_out, D, BN)
         b_s = warpgroup_mma_wait(1, [b_s])
         mbarrier.arrive(k_bars[1].index(stage))
-        b_e = exponentials(b_s, scale, b_offset, SUM_BY_MMA)
+        b_e = exponentials(b_s, scale, b_offset)
         if not SUM_BY_MMA:
-            b_sum += lane_sums(b_e)
+            b_next = weights(b_e, D, b_p.dtype)
+            b_sum += lane_sums(b_next)
         # Keeps ptxas from moving the next wait above the exponentials.
         k_stage, k_phase = advance(stage, phase, STAGES)
         mbarrier.wait(k_bars[0].index(k_stage), k_phase, pred=i < n - 2)
         b_out, b_p = warpgroup_mma_wait(0, [b_out, b_p])
         mbarrier.arrive(v_bars[1].index(v_stage))
-        b_p = gl.convert_layout(b_e.to(b_p.dtype), b_p.type.layout, assert_trivial=True)
+        if SUM_BY_MMA:
+            b_next = weights(b_e, D, b_p.dtype)
+        b_p = b_next
     return b_p, b_out, b_sum, stage, phase
 
 
@@ -120,10 +131,9 @@ def online_pass(
         b_new = gl.maximum(b_offset, gl.max(b_s, 1) * scale)
         b_decay = gl.exp2(b_offset - b_new)
         b_offset = b_new
-        b_e = exponentials(b_s, scale, b_offset, SUM_BY_MMA)
+        b_p = weights(exponentials(b_s, scale, b_offset), D, b_p.dtype)
         b_sum = b_sum * gl.convert_layout(b_decay, l_rows)[:, None]
         if not SUM_BY_MMA:
-            b_sum += lane_sums(b_e)
+            b_sum += lane_sums(b_p)
         b_out = b_out * gl.convert_layout(b_decay, o_rows)[:, None]
-        b_p = gl.convert_layout(b_e.to(b_p.dtype), b_p.type.layout, assert_trivial=True)
     return b_p, b_out, b_sum, stage, phase
