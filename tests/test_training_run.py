@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from jv5kernels.cli import main
 from jv5kernels.training import command
 from jv5kernels.training.batches import Batches, grouped
 from jv5kernels.training.objective import Objective
-from jv5kernels.training.recipe import RECIPE, Recipe, Stage
+from jv5kernels.training.recipe import RECIPE, Stage
 from jv5kernels.training.run import Run
 from jv5kernels.training.stages import run_stage
 from jv5kernels.training.student import (
@@ -54,8 +55,17 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
-def run_of(folder: Path, teacher: Path, recipe: Recipe = TINY) -> Run:
-    return Run(folder, packages(teacher), teacher, recipe, "cpu", False, lambda _: None)
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """More threads only wait for each other at this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_of(folder: Path, teacher: Path, device: str = "cpu") -> Run:
+    return Run(folder, packages(teacher), teacher, TINY, device, False, lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +211,18 @@ def test_pace_shortens_to_the_time_and_is_kept(finished: Run, tmp_path: Path) ->
     assert again.pace(1e9) == 0
 
 
+@pytest.mark.gpu
+def test_a_run_on_the_gpu(teacher: Path, tmp_path: Path) -> None:
+    run = run_of(tmp_path, teacher, "cuda")
+    run.prepare()
+    run.distil()
+    run.write("retrieval", run.adapt("retrieval"))
+    losses = [entry["distill"] for entry in run.log["history"]["distillation"]]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.05
+    assert len(run.log["history"]["retrieval"]) > 1
+    assert 0 <= run.log["dev"]["retrieval"]["ndcg@10"] <= 1
+
+
 def test_the_command_trains_scores_and_draws(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -236,6 +258,9 @@ def test_errors_name_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
     arguments = ["train", str(corpus), str(tmp_path / "run"), "--teacher", "t", "--task", "poetry"]
     assert main(arguments) == 2
     assert "--task poetry is unknown" in capsys.readouterr().err
+    corpus.write_bytes(write_corpus(tmp_path / "short.jsonl.xz", 4).read_bytes())
+    assert main(["train", str(corpus), str(tmp_path / "run"), "--teacher", "t"]) == 2
+    assert "split='test' has no packages" in capsys.readouterr().err
     with pytest.raises(
         ImportError, match=r"training needs Nothing: pip install 'jv5kernels\[train\]'"
     ):

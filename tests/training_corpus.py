@@ -56,7 +56,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def write_teacher(folder: Path) -> Path:
-    """Writes a teacher: one BERT layer of width 32 over single letters, which Sentence Transformers pools by the mean."""
+    """Writes a teacher: a BERT layer of width 32 over letters, which Sentence Transformers pools by the mean."""
     import torch
     from transformers import BertConfig, BertModel, BertTokenizerFast
 

@@ -360,7 +360,7 @@ def _add_train(commands: Any) -> None:
     from jv5kernels.training.arguments import EXAMPLES, add_arguments
 
     summary = "Train a small model of the same layout by the paper's regimen."
-    add_arguments(_command(commands, "train", summary, epilog=EXAMPLES))
+    add_arguments(_command(commands, "train", summary, epilog=EXAMPLES), _positive)
 
 
 def _positive(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 __all__ = ["EXAMPLES", "add_arguments"]
@@ -16,8 +17,8 @@ OUT gets model/ (the layout of the base repositories), log.json, losses.png, sco
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds all of them."""
+def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    """Adds all of them; `positive` reads a positive number."""
     parser.add_argument(
         "corpus", type=Path, metavar="CORPUS", help="JSON lines of packages, also .gz or .xz"
     )
@@ -61,10 +62,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     after.add_argument("--no-scores", action="store_true", help="do not score the split test")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value

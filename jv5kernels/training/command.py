@@ -22,13 +22,13 @@ __all__ = ["ABLATION", "ablate", "train"]
 # A run of the ablation is shorter than the recipe's: only its two kinds are compared.
 ABLATION_STEPS, ABLATION_BATCH = 150, 768
 ABLATION = ("with", "without")
+# Module -> package of the extra; the second kind for the scores alone.
 NEEDED = {
     "accelerate": "accelerate",
-    "bm25s": "bm25s",
     "matplotlib": "matplotlib",
     "sentence_transformers": "sentence-transformers",
-    "sklearn": "scikit-learn",
 }
+NEEDED_TO_SCORE = {"bm25s": "bm25s", "scipy": "scipy", "sklearn": "scikit-learn"}
 
 
 def train(options: argparse.Namespace, tell: Callable[[str], object] = print) -> Path:
@@ -37,19 +37,22 @@ def train(options: argparse.Namespace, tell: Callable[[str], object] = print) ->
     Raises:
         FileNotFoundError: the corpus is not there.
         ImportError: a package of the extra ``train`` is missing.
-        ValueError: an unknown task, or a corpus without packages to train on or to watch.
+        ValueError: an unknown task, or a corpus without packages to train on, to watch or to score.
     """
-    check_packages(NEEDED)
+    check_packages(NEEDED if options.no_scores else NEEDED | NEEDED_TO_SCORE)
     if not options.corpus.is_file():
         raise FileNotFoundError(f"there is no corpus {options.corpus}")
     from jv5kernels.device import resolve_device
     from jv5kernels.training.corpus import read_packages
+    from jv5kernels.training.evaluation import held_out
     from jv5kernels.training.run import Run
     from jv5kernels.training.teacher import default_teacher
 
     recipe = recipe_of(options)
     teacher = options.teacher or str(default_teacher())
     packages = read_packages(options.corpus)[: options.packages]
+    if not options.no_scores:
+        held_out(packages)  # refuses a corpus without any before hours of training, not after
     device = resolve_device(options.device).type
     run = Run(options.out, packages, teacher, recipe, device, not options.no_progress, tell)
     run.prepare()
