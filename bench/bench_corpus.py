@@ -73,12 +73,14 @@ def seconds(call: Callable[[], Any], runs: int) -> tuple[float, Any]:
     return statistics.median(times), result
 
 
-def in_float32(folder: Path, texts: list[str], device: str) -> np.ndarray:
-    """Sentence Transformers' embeddings in fp32, one text at a time."""
+def in_float32(
+    folder: Path, texts: list[str], device: str, prompt: str | None = None
+) -> np.ndarray:
+    """Sentence Transformers' embeddings in fp32, one text at a time; prompt None is the checkpoint's default."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": torch.float32})
-    return model.encode(texts, batch_size=1, normalize_embeddings=True)
+    return model.encode(texts, batch_size=1, normalize_embeddings=True, prompt=prompt)
 
 
 def cosine_min(a: np.ndarray, b: np.ndarray) -> float:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from harness import (
     Work,
+    captured,
     cpu_benchmarks,
     print_records,
     record,
@@ -97,17 +98,6 @@ def check_bits(bits: torch.Tensor, embeddings: torch.Tensor, limit: float, name:
     assert share <= limit, f"{name}: {share:.1e} of the bits are wrong"
 
 
-def replayed(call: Callable[[], Any]) -> Callable[[], Any]:
-    """`call` as a replay of a CUDA graph: the device's time without Python's."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def copy_of(total_bytes: int) -> Callable[[], Any]:
     """A copy on the device that reads and writes so many bytes in all."""
     source = torch.randint(255, (total_bytes // 2,), dtype=torch.uint8, device="cuda")
@@ -156,7 +146,7 @@ def device_record(
     name: str, impl: str, call: Callable, peer: str, peer_call: Callable, moved: int
 ) -> dict[str, Any]:
     """Milliseconds of kernels against those of a peer, both replayed from graphs in turns."""
-    timings = time_interleaved({impl: replayed(call), peer: replayed(peer_call)}, rounds=5)
+    timings = time_interleaved({impl: captured(call), peer: captured(peer_call)}, rounds=5)
     ours, theirs = timings[impl], timings[peer]
     return record(
         name,
@@ -290,7 +280,7 @@ def sweep() -> None:
             for problem, embeddings in zip(problems, expected, strict=True):
                 error = relative_error(problem.ours("mean"), embeddings)
                 assert error <= 1e-6, f"{problem.name}: relative error {error:.1e}"
-                calls[problem.name] = replayed(lambda p=problem: p.ours("mean", "ubinary"))
+                calls[problem.name] = captured(lambda p=problem: p.ours("mean", "ubinary"))
             timings = time_interleaved(calls)
             line = "  ".join(f"{name} {timing.p50:.4f}" for name, timing in timings.items())
             print(f"chunk {chunk:3} lane values {lane_values:3}  {line}", flush=True)

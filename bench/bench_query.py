@@ -92,7 +92,7 @@ def bench(family: str, folder: Path, show_kernels: bool, runs: int) -> list[dict
         ),
         "transformers": transformers,
     }
-    exact = in_float32(folder, [prompt + QUERY], "cuda")
+    exact = in_float32(folder, [QUERY], "cuda", prompt)
     cosine = cosine_min(calls["jv5kernels"](), exact)
     assert cosine >= MIN_COSINE, f"{family}: cosine {cosine}"
     for call in calls.values():

@@ -48,6 +48,19 @@ def speed_table() -> str:
     return "\n".join(rows) + source(found)
 
 
+def attention_table() -> str:
+    """The attention kernel against torch's, TFLOP/s by length."""
+    found = [r for r in records("attention") if r["impl"] == "ours (gluon)"]
+    rows = ["| work | jv5kernels | peer | | ratio |", "|---|---|---|---|---|"]
+    for r in found:
+        mine, theirs = f"{r['value']:.3f} ms", f"{r['peer_value']:.3f} ms"
+        rate = f"{r['TFLOP_per_s']:.0f} TFLOP/s"
+        rows.append(
+            f"| {r['work']} | {mine}, {rate} | {r['peer']} | {theirs} | **{r['ratio']:.2f}x** |"
+        )
+    return "\n".join(rows) + source(found)
+
+
 def parity_table() -> str:
     """Cosine to fp32 Transformers, and the error beside that of Transformers' own run in the same dtype."""
     found = [r for name in ("parity", "parity-cpu") for r in records(name)]
@@ -100,7 +113,11 @@ def latency_table() -> str:
         loading = f"{number(r['steps']['load'])} s"
         rows.append(f"| {r['work']} | {number(r['value'])} s | loading the weights | {loading} | |")
     found = queries + starts
-    return "\n".join(rows) + source(found) if found else "Not measured yet."
+    return (
+        "\n".join(rows) + source(found)
+        if found
+        else "Figures: `python bench/bench_query.py` on a GPU."
+    )
 
 
 def profiles_table() -> str:
@@ -165,6 +182,7 @@ def milliseconds(value: float) -> str:
 TABLES = {
     "output": output_table,
     "speed": speed_table,
+    "attention": attention_table,
     "latency": latency_table,
     "parity": parity_table,
     "memory": memory_table,

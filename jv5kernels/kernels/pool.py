@@ -20,9 +20,11 @@ import triton.language as tl
 
 from jv5kernels.kernels.rms_norm import NUM_WARPS, load_chunks, tile
 
-CHUNK = 64
-# Values that a lane loads before it computes with the first: two rows of 1024.
-LANE_VALUES = 64
+# Timed on an H200 for 32768 x 1024 to bits, µs at 64x512 / 182x180 / 1x32768: fp32 52 / 56 / 55, bf16 45 / 45 / 42;
+# with 64 tokens and 64 values 57 / 60 / 61 and 48 / 57 / 53; more: `python bench/bench_embed_output.py --sweep`.
+CHUNK = 128
+# Values that a lane loads before it computes with the first: four rows of 1024.
+LANE_VALUES = 128
 # Sequences whose offsets a program compares at a time.
 SEARCH_BLOCK = 256
 
