@@ -32,7 +32,7 @@ class Call:
         embeddings: (B, S, C) inputs_embeds, or None.
         mask: (B, S), not 0 where there is a token, or None when there is no padding.
         as_dict: whether an output class is returned, or a tuple.
-        with_past: whether the output class has past_key_values.
+        with_past: whether the output class has room for a KV cache.
     """
 
     ids: Tensor | None
@@ -91,7 +91,9 @@ def read_call(
     for name, value in given.items():
         if value is not None:
             raise NotSupported(f"argument {name}")
-    call = Call(ids, embeddings, mask, bool(as_dict), "past_key_values" in names)
+    # Transformers 5.24 renamed past_key_values to cache.
+    with_past = not {"past_key_values", "cache"}.isdisjoint(names)
+    call = Call(ids, embeddings, mask, bool(as_dict), with_past)
     _check_shapes(call)
     return call
 
