@@ -6,7 +6,8 @@ and every call that cannot be computed exactly goes to the original forward; the
 What differs from the original forward when a call is computed here:
 
 * hidden states at padded positions are zero (the original leaves values there that nothing should read);
-* with `use_cache` not given, `past_key_values` (`cache` since Transformers 5.24) is None (an embedding model's caller has no use for a cache);
+* with `use_cache` not given, `past_key_values` (`cache` since Transformers 5.24) is None: an embedding model's caller
+  has no use for a cache;
 * rotary angles are exact, also in a model that was cast to bfloat16 after loading, which rounds its `inv_freq` buffer.
 """
 
