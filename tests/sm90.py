@@ -24,6 +24,7 @@ class Case:
         signature: argument -> Triton type ("*bf16", "*fp32", "i32", "fp32"); constexprs are left out.
         constants: constexpr (or None) arguments -> value.
         descriptors: TMA descriptor arguments of a Gluon kernel -> block shape (bf16).
+        inspected: whether machine code and ptxas's warnings are wanted, which takes a second run of ptxas.
     """
 
     module: str
@@ -35,6 +36,7 @@ class Case:
     enable_fp_fusion: bool = True
     divisible: tuple[str, ...] = ()  # scalar arguments known to be multiples of 16
     descriptors: dict[str, list[int]] = field(default_factory=dict)
+    inspected: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Report:
     """What the compiler says: bytes of shared memory, registers, stack and spills a thread, PTX and machine code.
 
     Args:
-        losses: ptxas's warnings of lost performance (serialised wgmma, ignored setmaxnreg).
+        sass, losses: of inspected cases, the machine code and ptxas's warnings of lost performance (serialised wgmma,
+            ignored setmaxnreg).
     """
 
     shared: int
@@ -50,8 +53,8 @@ class Report:
     stack: int
     local: int
     ptx: str = field(repr=False)
-    sass: str = field(repr=False)
-    losses: list[str]
+    sass: str = field(default="", repr=False)
+    losses: list[str] = field(default_factory=list)
 
     def check(self, *, max_registers: int = 255) -> None:
         """Asserts what every shipped configuration must keep: fits the SM, no spills, no float64."""
@@ -116,7 +119,8 @@ def _compile(case: Case) -> Report:
     return Report(
         shared=compiled.metadata.shared,
         ptx=compiled.asm["ptx"],
-        **_inspect(compiled.asm["cubin"], compiled.asm["ptx"]),
+        **_resource_usage(compiled.asm["cubin"]),
+        **(_inspect(compiled.asm["cubin"], compiled.asm["ptx"]) if case.inspected else {}),
     )
 
 
@@ -126,30 +130,34 @@ def _descriptor_type(block: list[int]) -> str:
     return f"tensordesc<bf16{block},{NVMMASharedLayout(128, 16, rank=len(block))!r}>"
 
 
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = _run(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+    found = {key: int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
+    return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
+
+
 def _inspect(cubin: bytes, ptx: str) -> dict[str, object]:
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
-
-    def run(*command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return done.stdout + done.stderr
 
     with tempfile.TemporaryDirectory() as folder:
         code, source = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         code.write_bytes(cubin)
         source.write_text(ptx)
-        usage = run(knobs.nvidia.cuobjdump.path, "-res-usage", str(code))
-        sass = run(knobs.nvidia.cuobjdump.path, "-sass", str(code))
         target = ("-v", "--gpu-name=sm_90a", "-o", str(Path(folder, "again.cubin")))
-        said = run(get_ptxas(90).path, *target, str(source))
-    found = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
-    return {
-        "registers": found["REG"],
-        "stack": found["STACK"],
-        "local": found["LOCAL"],
-        "sass": sass,
-        "losses": re.findall(r"C75\d\d[^\n]*", said),
-    }
+        said = _run(get_ptxas(90).path, *target, str(source))
+        sass = _run(knobs.nvidia.cuobjdump.path, "-sass", str(code))
+    return {"sass": sass, "losses": re.findall(r"C75\d\d[^\n]*", said)}
 
 
 def wgmma_loops(sass: str) -> list[list[str]]:

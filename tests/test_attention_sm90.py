@@ -35,6 +35,7 @@ def sm90_case(head_dim: int, causal: bool) -> Case:
             "SUM_BY_MMA": config.SUM_BY_MMA,
         },
         descriptors={"q_desc": [64, head_dim], "k_desc": keys, "v_desc": keys},
+        inspected=True,
     )
 
 

@@ -219,6 +219,7 @@ def test_compiles_for_sm90():
             | {"GROUP": GROUP, "FLATTEN": config.flatten},
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            inspected=True,
         )
         for (F, K), dtype in ((SMALL, "bf16"), (NANO, "fp16"))
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,8 @@ def test_without_native_code_the_wheel_is_pure(sources):
 def test_a_compiler_error_fails_the_build(sources):
     result = run_setup(sources, "build_ext", CXX="false", CC="false")
     assert result.returncode != 0
-    assert "'false'" in result.stderr
+    # With its path in some versions of setuptools.
+    assert re.search(r"'(/\S*/)?false'", result.stderr)
 
 
 @pytest.mark.parametrize(
