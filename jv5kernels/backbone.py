@@ -150,7 +150,7 @@ class PackedBackbone:
         if batch_invariant and attention in ("sdpa", "flash_attn"):
             raise ValueError(
                 f"attention={attention!r} chooses its kernel by the batch, so batch_invariant=True "
-                "cannot be kept: use attention='auto' or 'triton'"
+                "cannot be kept: use attention='auto', 'gluon' or 'triton'"
             )
         self.spec = spec
         self.layers = tuple(layers)

@@ -57,7 +57,7 @@ class FastEncoder:
         revision, token, cache_dir, local_files_only: as in huggingface_hub; every file comes from the same revision.
         device: default "cuda" where there is one, otherwise "cpu"; a live model's own.
         dtype: compute dtype; default bfloat16 on CUDA, float32 on the CPU; a live model's own.
-        attention: implementation of `ops.attention_varlen`: "auto", "triton", "sdpa", "flash_attn" or "torch".
+        attention: implementation of `ops.attention_varlen`: "auto", "gluon", "triton", "sdpa", "flash_attn" or "torch".
         max_seq_length: tokens a text, special tokens included; default the checkpoint's, at most its positions.
         pooling: "lasttoken", "mean" or "cls"; default what the checkpoint states.
         prompts: name -> text put before every input; default the checkpoint's.
