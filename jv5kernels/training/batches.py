@@ -6,6 +6,7 @@ stay on the device, in the `Objective`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 from jv5kernels.training.corpus import Rows, Texts
 from jv5kernels.training.recipe import Stage
 
-__all__ = ["Batches", "Source", "grouped"]
+__all__ = ["Batches", "Source", "grouped", "tokens"]
 
 # Texts of one forward pass are cut into so many groups of similar length, short ones into fewer.
 GROUPS, GROUPS_OF_SHORT, SHORT = 4, 2, 64
@@ -106,6 +107,12 @@ def grouped(texts: Texts, rows: np.ndarray, max_tokens: int) -> list[dict[str, A
             }
         )
     return parts
+
+
+def tokens(batch: Mapping[str, Any]) -> int:
+    """How many tokens a batch has, without what fills its rows up."""
+    groups = [value for value in batch.values() if isinstance(value, list)]
+    return sum(int((part["last"] + 1).sum()) for group in groups for part in group)
 
 
 class Batches(Dataset):

@@ -160,9 +160,12 @@ class Run:
             projection = nn.Linear(self.recipe.geometry["hidden_size"], self.targets.shape[1])
             objective = self._objective(backbone, stage, projection)
             batches = Batches(self.source, stage, BATCHES[task], self.recipe.seed)
-            step = seconds_a_step(objective, batches)
+            step, tokens = seconds_a_step(objective, batches)
             seconds[task] = step * stage.steps
-            self.tell(f"{task}: {1000 * step:.1f} ms a step, {seconds[task]:.1f} s")
+            self.tell(
+                f"{task}: {1000 * step:.1f} ms and {tokens / 1000:.0f} thousand tokens a step "
+                f"({tokens / step / 1e6:.2f} million a second), {seconds[task]:.1f} s"
+            )
         torch.set_rng_state(rng)
         return seconds
 

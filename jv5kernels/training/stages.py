@@ -12,7 +12,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from jv5kernels.training.batches import Batches
+from jv5kernels.training.batches import Batches, tokens
 from jv5kernels.training.objective import Objective
 
 __all__ = ["moved", "run_stage", "seconds_a_step"]
@@ -118,23 +118,24 @@ def _stopper(step: int) -> Any:
     return Stop()
 
 
-def seconds_a_step(objective: Objective, batches: Batches) -> float:
-    """Returns what forward and backward of a step take, over a few steps that leave the weights as they were."""
+def seconds_a_step(objective: Objective, batches: Batches) -> tuple[float, float]:
+    """Returns seconds and tokens of forward and backward of a step, over a few that leave the weights as they were."""
     device = objective.ids.device
     objective.train()
 
-    def run(steps: range) -> float:
+    def run(steps: range) -> tuple[float, int]:
+        made = [batches[step] for step in steps]
         started = time.perf_counter()
-        for step in steps:
-            objective(**moved(batches[step], device))["loss"].backward()
+        for batch in made:
+            objective(**moved(batch, device))["loss"].backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - started
+        return time.perf_counter() - started, sum(map(tokens, made))
 
     run(range(WARM_UP_STEPS))
-    seconds = run(range(WARM_UP_STEPS, WARM_UP_STEPS + TIMED_STEPS))
+    seconds, count = run(range(WARM_UP_STEPS, WARM_UP_STEPS + TIMED_STEPS))
     objective.zero_grad(set_to_none=True)
-    return seconds / TIMED_STEPS
+    return seconds / TIMED_STEPS, count / TIMED_STEPS
 
 
 def moved(value: Any, device: torch.device | str) -> Any:
