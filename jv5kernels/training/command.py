@@ -134,7 +134,9 @@ def ablate(run: Run, seeds: int, seconds: float) -> None:
     )
     started, longest = time.perf_counter(), 0.0
     if seeds and seconds < float("inf"):
-        stage = replace(stage, steps=run.steps_within(stage, 0.9 * seconds / (seeds * len(ABLATION))))
+        stage = replace(
+            stage, steps=run.steps_within(stage, 0.9 * seconds / (seeds * len(ABLATION)))
+        )
         started = time.perf_counter()
     for seed in range(1, seeds + 1):
         began = time.perf_counter()
