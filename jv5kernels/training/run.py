@@ -225,7 +225,7 @@ class Run:
             loss.backward()
             fit.step()
         self.projection = projection
-        self._timed(f"projection fitted to a loss of {float(loss):.3f}")
+        self._timed(f"projection fitted to a loss of {loss.item():.3f}")
 
     def _token_vectors(self) -> Tensor:
         """The teacher's embedding of each token's text: where a pre-trained table would be."""
