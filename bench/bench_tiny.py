@@ -27,7 +27,7 @@ from jv5kernels.training.score_card import Score, score_ablation, score_card
 from jv5kernels.training.teacher import default_teacher
 
 # What stands at the end of a name for how the embeddings are kept.
-KEPT = re.compile(r", (int8|binary|binary, rescored)$")
+KEPT = re.compile(r", (int8|binary|binary, rescored|binary, rescored with int8)$")
 
 
 def peer_of(score: Score, scores: Sequence[Score]) -> Score | None:

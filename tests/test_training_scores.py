@@ -64,6 +64,7 @@ def test_forms_lose_in_the_known_order(pair: tuple[np.ndarray, np.ndarray]) -> N
         for form in evaluation.FORMS
     }
     assert scores["float32"] > scores["binary, rescored"] > scores["binary"] > 0.2
+    assert scores["float32"] >= scores["binary, rescored with int8"] > scores["binary, rescored"]
     assert scores["int8"] > 0.98 * scores["float32"]
 
 
@@ -117,8 +118,24 @@ def test_pictures_are_drawn_or_refused(tmp_path: Path) -> None:
         for name in ("distillation", "a", "b", "c")
     }
     draw_losses(history, tmp_path / "losses.png")
-    draw_scores([Score("w", "i", "ndcg_at_10", 0.5, "", 3)] * 3, tmp_path / "scores.png")
-    for name in ("losses.png", "scores.png"):
+    english = "synopsis to description"
+    scores = [
+        Score(english, "BM25", "ndcg_at_10", 0.7, "", 3),
+        *(
+            Score(english, f"model, {d} dimensions, binary", "ndcg_at_10", 0.5, "", 3)
+            for d in (8, 16)
+        ),
+        Score(english, "teacher, 8 dimensions, float32", "ndcg_at_10", 0.6, "", 3),
+        Score(f"de {english}", "model", "ndcg_at_10", 0.6, "", 3),
+        Score(f"de {english}", "teacher", "ndcg_at_10", 0.4, "", 3),
+        Score("graded pairs", "model, text-matching", "spearman", 0.7, "", 3),
+        Score("graded pairs", "teacher", "spearman", 0.8, "", 3),
+        Score(english, "regulariser with-1, float32", "ndcg_at_10", 0.8, "", 3),
+        Score(english, "regulariser with-1, binary", "ndcg_at_10", 0.7, "", 3),
+    ]
+    draw_scores(scores, tmp_path / "scores.png")
+    draw_scores(scores[4:6], tmp_path / "languages.png")
+    for name in ("losses.png", "scores.png", "languages.png"):
         assert (tmp_path / name).stat().st_size > 5_000
     with pytest.raises(ValueError, match="no stage logged a loss"):
         draw_losses({"distillation": []}, tmp_path / "none.png")

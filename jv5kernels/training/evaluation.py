@@ -89,11 +89,15 @@ def coded(x: np.ndarray, ranges: np.ndarray) -> np.ndarray:
     return dequantize(codes, ranges, profile="sentence-transformers")
 
 
-def int8_scores(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Queries and documents as codes of one calibration over the documents."""
+def int8_ranges(documents: np.ndarray) -> np.ndarray:
     calibrator = Calibrator(documents.shape[1], histogram=True)
     calibrator.add(documents)
-    ranges = calibrator.ranges(percentile=PERCENTILE)
+    return calibrator.ranges(percentile=PERCENTILE)
+
+
+def int8_scores(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Queries and documents as codes of one calibration over the documents."""
+    ranges = int8_ranges(documents)
     return coded(queries, ranges) @ coded(documents, ranges).T
 
 
@@ -103,10 +107,18 @@ def binary_scores(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
 
 def rescored(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
     """The hundred nearest by Hamming distance, in the order of the float query against the bits as ±1."""
+    return _of_candidates(queries, documents, queries @ signs(documents).T)
+
+
+def rescored_with_int8(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """The same hundred, in the order of the float query against int8 codes, which are kept beside the bits."""
+    return _of_candidates(queries, documents, queries @ coded(documents, int8_ranges(documents)).T)
+
+
+def _of_candidates(queries: np.ndarray, documents: np.ndarray, exact: np.ndarray) -> np.ndarray:
     near = binary_scores(queries, documents)
     count = min(CANDIDATES, near.shape[1])
     candidates = np.argpartition(-near, count - 1, axis=1)[:, :count]
-    exact = queries @ signs(documents).T
     scores = np.full_like(exact, -np.inf)
     np.put_along_axis(scores, candidates, np.take_along_axis(exact, candidates, 1), 1)
     return scores
@@ -117,6 +129,7 @@ FORMS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "int8": int8_scores,
     "binary": binary_scores,
     "binary, rescored": rescored,
+    "binary, rescored with int8": rescored_with_int8,
 }
 
 

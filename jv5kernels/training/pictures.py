@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ __all__ = ["draw_losses", "draw_scores"]
 
 # What the log holds beside losses.
 NO_LOSSES = ("step", "epoch", "grad_norm", "learning_rate", "temperature")
-METRICS = {"ndcg_at_10": "nDCG@10", "spearman": "Spearman", "v_measure": "V-measure"}
+METRICS = {"spearman": "Spearman", "v_measure": "V-measure"}
+FORM = re.compile(r"(?P<who>model|teacher), (?P<dim>\d+) dimensions, (?P<form>.+)")
+LANGUAGE = re.compile(r"(\w+) synopsis to description")
+COLOURS = ("#0b6e4f", "#8d99ae")
+GREY = "#444444"
 
 
 def draw_losses(history: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
@@ -54,31 +59,124 @@ def draw_losses(history: Mapping[str, Sequence[Mapping[str, float]]], path: Path
 
 
 def draw_scores(scores: Sequence[Score], path: Path) -> None:
-    """Draws every score as a bar, grouped by its work.
+    """Draws a panel each of: the forms by dimension, the languages, the other measures and the ablation.
+
+    A panel for which there are no scores is left out.
+
+    Args:
+        path: a name ending in .png.
 
     Raises:
         ValueError: there are no scores.
     """
     if not scores:
         raise ValueError("there is nothing to draw: no scores")
-    works = list(dict.fromkeys(score.work for score in scores))
-    colours = {work: f"C{i % 10}" for i, work in enumerate(works)}
-    ordered = [score for work in works for score in scores if score.work == work][::-1]
-    figure = _figure(9, 1 + 0.24 * len(ordered))
-    axes = figure.subplots()
-    axes.barh(
-        range(len(ordered)),
-        [score.value for score in ordered],
-        color=[colours[score.work] for score in ordered],
-    )
-    for i, score in enumerate(ordered):
-        axes.text(max(score.value, 0) + 0.01, i, f"{score.value:.3f}", va="center", fontsize=7)
-    labels = [f"{s.work}: {s.impl}, {METRICS.get(s.metric, s.metric)}" for s in ordered]
-    axes.set_yticks(range(len(ordered)), labels, fontsize=7)
-    axes.set_xlim(min(0.0, *(score.value for score in ordered)), 1.08)
-    axes.margins(y=0.01)
-    axes.spines[["top", "right"]].set_visible(False)
+    panels = [draw for draw in (_forms, _languages, _measures, _ablation) if draw(scores, None)]
+    figure = _figure(6.4 * min(2, len(panels)), 4 * -(-len(panels) // 2))
+    grid = figure.subplots(-(-len(panels) // 2), min(2, len(panels)), squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, draw in zip(grid.flat, panels, strict=False):
+        draw(scores, axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, axis="y")
     figure.savefig(path, dpi=150)
+
+
+def _forms(scores: Sequence[Score], axes: Any) -> bool:
+    """nDCG@10 by dimensions, a line each form of the model, and what it is held against."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for score in scores:
+        match = FORM.fullmatch(score.impl)
+        if match and match["who"] == "model":
+            lines.setdefault(match["form"], []).append((int(match["dim"]), score.value))
+    if axes is None or not lines:
+        return bool(lines)
+    for form, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=form)
+    for score in scores:
+        match = FORM.fullmatch(score.impl)
+        of_teacher = match and match["who"] == "teacher" and match["form"] == "float32"
+        if of_teacher or score.impl == "BM25":
+            name = "teacher" if of_teacher else "BM25"
+            axes.axhline(score.value, color=GREY, linestyle="--" if of_teacher else ":", label=name)
+    dims = sorted({dim for points in lines.values() for dim, _ in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(dims, [str(dim) for dim in dims])
+    axes.minorticks_off()
+    axes.set_xlabel("dimensions")
+    axes.set_title("synopsis to description, nDCG@10", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    return True
+
+
+def _languages(scores: Sequence[Score], axes: Any) -> bool:
+    """nDCG@10 of synopses in other languages against English descriptions."""
+    by_language: dict[str, dict[str, float]] = {}
+    for score in scores:
+        match = LANGUAGE.fullmatch(score.work)
+        if match:
+            by_language.setdefault(match[1], {})[score.impl] = score.value
+    if axes is None or not by_language:
+        return bool(by_language)
+    _pairs_of_bars(axes, by_language, ("model", "teacher"))
+    axes.set_title("synopses in other languages, nDCG@10", loc="left", fontsize=10)
+    return True
+
+
+def _measures(scores: Sequence[Score], axes: Any) -> bool:
+    """Everything that is no nDCG, whose name begins with who it is of."""
+    found: dict[str, dict[str, float]] = {}
+    for score in scores:
+        if score.metric != "ndcg_at_10":
+            who, _, of = score.impl.partition(", ")
+            metric = METRICS.get(score.metric, score.metric)
+            name = f"{score.work},\n{metric}" + (f" ({of})" if of else "")
+            found.setdefault(name, {})[who] = score.value
+    teacher = {n.partition(" (")[0]: v["teacher"] for n, v in found.items() if "teacher" in v}
+    names = [name for name in found if "model" in found[name]]
+    if axes is None or not names:
+        return bool(names)
+    for name in names:
+        plain = name.partition(" (")[0] if name not in teacher else name
+        if plain in teacher:
+            found[name]["teacher"] = teacher[plain]
+    _pairs_of_bars(axes, {name: found[name] for name in names}, ("model", "teacher"), small=True)
+    axes.set_title("other measures", loc="left", fontsize=10)
+    return True
+
+
+def _ablation(scores: Sequence[Score], axes: Any) -> bool:
+    """What binary output costs with and without the regulariser, a point a seed."""
+    found = {s.impl: s.value for s in scores if s.impl.startswith("regulariser ")}
+    if axes is None or not found:
+        return bool(found)
+    for at, kind in enumerate(("with", "without")):
+        seeds = sorted(
+            {n.rpartition(",")[0] for n in found if n.startswith(f"regulariser {kind}-")}
+        )
+        losses = [found[f"{seed}, float32"] - found[f"{seed}, binary"] for seed in seeds]
+        if losses:
+            axes.bar(at, sum(losses) / len(losses), width=0.5, color=COLOURS[at], alpha=0.5)
+            axes.plot([at] * len(losses), losses, "o", color=COLOURS[at])
+    axes.set_xticks([0, 1], ["with", "without"])
+    axes.set_title("orthogonal regulariser: nDCG@10 lost in binary", loc="left", fontsize=10)
+    return True
+
+
+def _pairs_of_bars(
+    axes: Any, values: Mapping[str, Mapping[str, float]], who: Sequence[str], small: bool = False
+) -> None:
+    for shift, (name, colour) in enumerate(zip(who, COLOURS, strict=True)):
+        at = [i + 0.4 * (shift - 0.5) for i, row in enumerate(values.values()) if name in row]
+        heights = [row[name] for row in values.values() if name in row]
+        axes.bar(at, heights, width=0.38, color=colour, label=name)
+        for x, height in zip(at, heights, strict=True):
+            axes.text(x, height, f"{height:.2f}", ha="center", va="bottom", fontsize=6)
+    axes.set_xticks(range(len(values)), list(values), fontsize=6 if small else 8)
+    if small:
+        axes.tick_params(axis="x", rotation=20)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _figure(width: float, height: float) -> Any:
