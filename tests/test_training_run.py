@@ -78,6 +78,7 @@ def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     for task in TASKS:
         run.write(task, run.adapt(task))
     run.save_log()
+    run.finish()
     return run
 
 
@@ -172,7 +173,7 @@ def test_losses_fall_and_are_logged_by_name(finished: Run) -> None:
 
 
 def test_the_checkpoint_opens_and_says_what_was_trained(finished: Run) -> None:
-    encoder = FastEncoder(finished.model, device="cpu")
+    encoder = FastEncoder(finished.trained, device="cpu")
     assert encoder.tasks == TASKS
     assert encoder.prompts == {"query": "Query: ", "document": "Document: "}
     assert encoder.spec.rope_theta == TINY.inference_theta
@@ -194,12 +195,25 @@ def test_the_checkpoint_opens_and_says_what_was_trained(finished: Run) -> None:
     adapted.unload()
 
 
+def test_the_finished_model_is_the_trained_one_turned(finished: Run) -> None:
+    names = {p.relative_to(finished.trained) for p in finished.trained.rglob("*")}
+    assert names == {p.relative_to(finished.model) for p in finished.model.rglob("*")}
+    trained, model = (FastEncoder(f, device="cpu") for f in (finished.trained, finished.model))
+    texts = [f"a text of {number} things" for number in range(6)]
+    for task in TASKS:
+        before, after = (e.encode_document(texts, task=task) for e in (trained, model))
+        assert np.abs(before @ before.T - after @ after.T).max() < 0.05, (
+            "bf16 weights, rounded again"
+        )
+        assert np.abs(before - after).max() > 0.05
+
+
 def test_what_is_done_is_not_done_again(finished: Run, teacher: Path) -> None:
-    before = (finished.model / "model.safetensors").read_bytes()
+    before = (finished.trained / "model.safetensors").read_bytes()
     again = run_of(finished.folder, Path(teacher))
     again.prepare()
     again.distil()
-    assert (finished.model / "model.safetensors").read_bytes() == before
+    assert (finished.trained / "model.safetensors").read_bytes() == before
     assert again.log["history"]["distillation"] == finished.log["history"]["distillation"]
 
 
@@ -258,7 +272,7 @@ def test_the_ablation_alone_on_a_finished_model(
 ) -> None:
     monkeypatch.setattr(command, "RECIPE", TINY)
     corpus, out = write_corpus(tmp_path / "corpus.jsonl.xz", 400), tmp_path / "run"
-    model = finished.model
+    model = finished.trained
     before = (model / "model.safetensors").read_bytes()
     arguments = ["train", str(corpus), str(out), "--teacher", str(teacher), "--device", "cpu"]
     arguments += ["--ablation-only", str(model), "--ablation", "2", "--ablation-seconds", "40"]

@@ -21,6 +21,8 @@ __all__ = ["ABLATION", "ablate", "train"]
 
 # A run of the ablation is shorter than the recipe's: only its two kinds are compared.
 ABLATION_STEPS, ABLATION_BATCH = 200, 768
+# At the recipe's weight so few steps do not move the term at all.
+ABLATION_WEIGHT = 30.0
 ABLATION = ("with", "without")
 # Module -> package of the extra; the second kind for the scores alone.
 NEEDED = {
@@ -59,9 +61,9 @@ def train(options: argparse.Namespace, tell: Callable[[str], object] = print) ->
         held_out(packages)  # refuses a corpus without any before hours of training, not after
     device = resolve_device(options.device).type
     run = Run(options.out, packages, teacher, recipe, device, not options.no_progress, tell)
-    model = options.ablation_only
+    model = trained = options.ablation_only
     if model is None:
-        model = train_model(run, options.seconds)
+        model, trained = train_model(run, options.seconds), run.trained
     else:
         run.take_tokenizer(model)
         run.prepare()
@@ -70,7 +72,7 @@ def train(options: argparse.Namespace, tell: Callable[[str], object] = print) ->
     ablate(run, options.ablation, options.ablation_seconds)
     draw(run)
     if not options.no_scores:
-        write_scores(run, model, packages, teacher, device)
+        write_scores(run, model, trained, packages, teacher, device)
     return Path(model)
 
 
@@ -84,8 +86,7 @@ def train_model(run: Run, seconds: float | None) -> Path:
     for task in run.recipe.adapters:
         run.write(task, run.adapt(task))
         run.save_log()
-    run.tell(f"the model is in {run.model}")
-    return run.model
+    return run.finish()
 
 
 def draw(run: Run) -> None:
@@ -126,11 +127,13 @@ def ablate(run: Run, seeds: int, seconds: float) -> None:
 
     retrieval = run.recipe.adapters.get("retrieval", RECIPE.adapters["retrieval"])
     without = {name: w for name, w in retrieval.weights.items() if name != "orthogonal"}
-    weights = dict(zip(ABLATION, (retrieval.weights, without), strict=True))
+    with_it = without | {"orthogonal": ABLATION_WEIGHT}
+    weights = dict(zip(ABLATION, (with_it, without), strict=True))
     stage = replace(
         retrieval,
         steps=min(retrieval.steps, ABLATION_STEPS),
         batch=min(retrieval.batch, ABLATION_BATCH),
+        share=1.0,
     )
     started, longest = time.perf_counter(), 0.0
     if seeds and seconds < float("inf"):
@@ -153,9 +156,13 @@ def ablate(run: Run, seeds: int, seconds: float) -> None:
 
 
 def write_scores(
-    run: Run, model: Path, packages: Iterable[Package], teacher: str, device: str
+    run: Run, model: Path, trained: Path, packages: Iterable[Package], teacher: str, device: str
 ) -> Path:
-    """Scores everything on the split "test" and writes scores.json and scores.png to the run's folder."""
+    """Scores everything on the split "test" and writes scores.json and scores.png to the run's folder.
+
+    Args:
+        trained: the model that the ablation's adapters belong to.
+    """
     from jv5kernels.training.pictures import draw_scores
     from jv5kernels.training.score_card import score_ablation, score_card
 
@@ -163,7 +170,7 @@ def write_scores(
         model, list(packages), teacher, device=device, cache=run.folder, tell=run.tell
     )
     scores += score_ablation(
-        model, run.folder / "ablation", list(packages), device=device, tell=run.tell
+        trained, run.folder / "ablation", list(packages), device=device, tell=run.tell
     )
     path = run.folder / "scores.json"
     path.write_text(json.dumps([vars(score) for score in scores], indent=1) + "\n", "utf-8")

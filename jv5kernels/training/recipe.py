@@ -24,6 +24,7 @@ class Stage:
         cosent_temperature: τ' of CoSENT.
         hard_negatives: mined documents a query.
         dropout: of the token embeddings.
+        share: of an adapter's update that is kept when it is trained, 1/2 for the mean of its end and its start.
         thinning: share of each text's tokens that a step leaves out, so that no single word decides.
     """
 
@@ -39,6 +40,7 @@ class Stage:
     hard_negatives: int = 0
     dropout: float = 0.0
     thinning: float = 0.0
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Recipe:
     """A model's sizes, its stages and its seed; see `RECIPE` for the values of jv5-tiny.
 
     Args:
+        rotation: angle that the finished model is turned by, so that all dimensions have their share; see `rotation`.
         teacher_tokens: start each token's embedding from the teacher's embedding of its text.
     """
 
@@ -57,6 +60,7 @@ class Recipe:
     distillation: Stage
     adapters: dict[str, Stage]
     seed: int = 0
+    rotation: float = 1.0
     teacher_tokens: bool = True
 
     def scaled(self, factor: float, batch: int | None = None) -> Recipe:
@@ -99,9 +103,10 @@ RECIPE = Recipe(
             steps=200,
             batch=1024,
             learning_rate=2e-3,
-            weights={"nce": 1.0, "distill": 2.0, "orthogonal": 30.0},
+            weights={"nce": 1.0, "distill": 2.0, "orthogonal": 4.0},
             hard_negatives=1,
             thinning=0.15,
+            share=0.5,
         ),
         "text-matching": Stage(
             steps=120,

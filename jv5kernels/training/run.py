@@ -21,6 +21,7 @@ from jv5kernels.training.batches import Batches, Source, grouped
 from jv5kernels.training.corpus import Package, Texts, build_texts
 from jv5kernels.training.objective import Objective
 from jv5kernels.training.recipe import Recipe, Stage
+from jv5kernels.training.rotation import rotate_model
 from jv5kernels.training.scores import ndcg_at
 from jv5kernels.training.stages import moved, run_stage, seconds_a_step
 from jv5kernels.training.student import (
@@ -98,9 +99,20 @@ class Run:
         }
 
     @property
+    def trained(self) -> Path:
+        """Where the model is as it was trained, whose adapters those of an ablation are held against."""
+        return self.folder / "trained"
+
+    @property
     def model(self) -> Path:
         """Where the finished model is."""
         return self.folder / "model"
+
+    def finish(self) -> Path:
+        """Writes the finished model: the trained one, turned by the recipe's angle."""
+        rotate_model(self.trained, self.model, self.recipe.rotation)
+        self.tell(f"the model is in {self.model}")
+        return self.model
 
     def prepare(self) -> None:
         """Trains the tokenizer, tokenises the corpus, embeds it with the teacher and mines hard negatives."""
@@ -187,7 +199,7 @@ class Run:
         objective = self._objective(self.backbone, self.recipe.distillation)
         self._train("distillation", objective, self.recipe.seed)
         write_base(
-            self.model, self.recipe, self.backbone, self.tokenizer, list(self.recipe.adapters)
+            self.trained, self.recipe, self.backbone, self.tokenizer, list(self.recipe.adapters)
         )
         return self.backbone
 
@@ -258,13 +270,13 @@ class Run:
         projection.load_state_dict(self.projection.state_dict())
         objective = self._objective(adapted, stage, projection)
         self._train(name or task, objective, seed, BATCHES[task])
-        tensors = adapter_tensors(adapted)
+        tensors = adapter_tensors(adapted, stage.share)
         adapted.unload()
         return tensors
 
     def write(self, task: str, tensors: dict[str, Tensor]) -> None:
-        """Adds an adapter to the model's folder."""
-        write_adapter(self.model, task, tensors)
+        """Adds an adapter to the trained model's folder."""
+        write_adapter(self.trained, task, tensors)
 
     def save_log(self) -> Path:
         """Writes log.json: recipe, losses by step, dev scores, seconds."""

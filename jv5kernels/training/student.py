@@ -181,11 +181,14 @@ def with_adapter(backbone: nn.Module, task: str, rank: int) -> Any:
     return model
 
 
-def adapter_tensors(model: Any) -> dict[str, Tensor]:
-    """Returns the adapter's tensors under the names of PEFT's files, on the CPU."""
+def adapter_tensors(model: Any, share: float = 1.0) -> dict[str, Tensor]:
+    """Returns the adapter's tensors under the names of PEFT's files, on the CPU, with a share of its update."""
     from peft import get_peft_model_state_dict
 
-    return {name: t.detach().cpu().clone() for name, t in get_peft_model_state_dict(model).items()}
+    return {
+        name: t.detach().cpu() * (share if name.endswith("lora_B.weight") else 1)
+        for name, t in get_peft_model_state_dict(model).items()
+    }
 
 
 def write_base(
