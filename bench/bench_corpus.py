@@ -1,6 +1,6 @@
 """Text in, vectors out, over texts of mixed lengths: ours against Sentence Transformers at its best batch size.
 
-    python bench/bench_corpus.py        (CUDA: real geometry, bf16; CPU: the demo's model, fp32)
+    python bench/bench_corpus.py        (CUDA: real geometry, bf16; CPU: a small one, fp32)
 
 With --corpus FILE and --tokenizer DIR it takes other texts and the real vocabularies. Both load the same folder, a
 merged checkpoint with random weights. On CUDA the texts have log-normal lengths (median 180 tokens, at most 8192), cut
@@ -24,12 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkpoints import add_arguments, real_checkpoint
+from checkpoints import CPU_GEOMETRY, CPU_NAME, add_arguments, real_checkpoint
 from gpu_busy import profile
 from harness import record, write_records
 
 from jv5kernels import FastEncoder
-from jv5kernels.commands.demo import GEOMETRY
 from jv5kernels.comparison.stdlib_texts import standard_library_texts
 from jv5kernels.synthetic.checkpoint import write_checkpoint
 
@@ -163,10 +162,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         if device == "cpu":
             folder = write_checkpoint(
-                Path(root) / "demo", family="small", layout="merged", geometry=GEOMETRY
+                Path(root) / "cpu", family="small", layout="merged", geometry=CPU_GEOMETRY
             )
             records += bench(
-                folder, sources, "demo model, standard library docstrings", "cpu", arguments.runs
+                folder, sources, f"{CPU_NAME}, stdlib docstrings", "cpu", arguments.runs
             )
         else:
             texts = mixed_lengths(sources, arguments.count)

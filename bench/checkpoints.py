@@ -1,4 +1,4 @@
-"""Checkpoints of the real geometry with random weights, for benches that go from text to vectors."""
+"""Checkpoints with random weights, of the real geometries and a small one, for benches from text to vectors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from jv5kernels.synthetic.checkpoint import write_checkpoint
 from jv5kernels.synthetic.layout import REAL_GEOMETRY
 
 FAMILIES = ("small", "nano")
+# Small's layout at a quarter of its width and a seventh of its depth, for a CPU.
+CPU_GEOMETRY = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 512,
+}
+CPU_NAME = "4 layers of width 256, random weights"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
