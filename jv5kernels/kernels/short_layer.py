@@ -14,8 +14,7 @@ with v in registers. Positions are the rows' places in their sequence.
 
 With IS_CHAINED (programmatic dependent launch, sm_90 and later) the next kernel starts while this one runs: its
 programs have their part of the weight on the way to registers, which depends on nothing, and then wait until this one
-is done.
-So memory is read without a pause from layer to layer.
+is done. So memory is read without a pause from layer to layer.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ CONFIGS = {
     (32, "narrow"): Config(16, 8, 512),
     (64, "wide"): Config(32, 8, 256),
     (64, "swiglu"): Config(16, 8, 256),
-    (64, "narrow"): Config(16, 8, 256),
+    (64, "narrow"): Config(8, 8, 256),
 }
 # Where a projection is wide: a program on each multiprocessor even with 32 columns a program.
 WIDE = 2048
