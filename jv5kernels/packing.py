@@ -67,15 +67,14 @@ def plan_batches(
         raise ValueError(f"batch_size must be at least 1, not {max_rows}")
     lengths = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
-    batches, start, tokens = [], 0, 0
-    for end, row in enumerate(order):
-        full = tokens + lengths[row] > token_budget or end - start == max_rows
-        if end > start and full:
-            batches.append(order[start:end])
-            start, tokens = end, 0
-        tokens += lengths[row]
-    if start < len(order):
-        batches.append(order[start:])
+    ends = np.cumsum(lengths[order])
+    batches, start, before = [], 0, 0
+    while start < len(order):
+        end = max(start + 1, int(np.searchsorted(ends, before + token_budget, side="right")))
+        if max_rows is not None:
+            end = min(end, start + max_rows)
+        batches.append(order[start:end])
+        start, before = end, ends[end - 1]
     return batches
 
 

@@ -199,7 +199,7 @@ class Pipeline:
             threads.shutdown(cancel_futures=True)
 
     def _plan(self, rows: np.ndarray) -> list[_Planned]:
-        sequences = [self._ids[int(row)] for row in rows]
+        sequences = [self._ids[row] for row in rows.tolist()]
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(rows))
         plan = plan_batches(lengths, self.limits.token_budget, self.limits.max_rows)
         return [_Planned(rows[batch], [sequences[i] for i in batch]) for batch in plan]
@@ -217,7 +217,7 @@ class Pipeline:
                 f"text {int(rows[window[cut[0]]])} is longer than max_seq_length={self.limits.max_length} "
                 "tokens and on_overlong='error'; 'truncate' would cut it"
             )
-        ids = dict(zip((int(rows[i]) for i in window), tokenized.ids, strict=True))
+        ids = dict(zip(rows[window].tolist(), tokenized.ids, strict=True))
         tokens = sum(map(len, tokenized.ids))
         self.statistics.add(texts=len(ids), tokens=tokens, truncated=len(cut))
         return ids, len(cut)
@@ -278,8 +278,8 @@ class Pipeline:
             for index in np.flatnonzero(batch.flags.cpu().numpy()):
                 values[index] = self._mend(int(batch.rows[index])).to(values[index].device)
         self.store(batch.rows, values)
-        for row in batch.rows:
-            del self._ids[int(row)]
+        for row in batch.rows.tolist():
+            del self._ids[row]
         self.progress(len(batch.rows))
 
     def _mend(self, row: int) -> Tensor:
