@@ -10,14 +10,15 @@ not become faster with more cores. Times are the fastest of several runs, which 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from bench_corpus import mixed_lengths, read_texts
+from checkpoints import add_corpus_argument, add_tokenizer_argument
 from harness import record, write_records
 from tokenizers import Encoding, Tokenizer
 
@@ -113,6 +114,7 @@ def bench(label: str, tokenizer: Tokenizer, texts: list[str], runs: int) -> list
                 peer_value=tokens / alone,
                 ratio=alone / found,
                 texts_per_s=len(texts) / found,
+                cpu_cores=len(os.sched_getaffinity(0)),
             )
         )
     return lines
@@ -127,13 +129,8 @@ def short_texts(sources: list[str], count: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="JSONL, plain or gzipped")
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="DIR",
-        help="folder with small.json and nano.json; default ones trained on the spot",
-    )
+    add_corpus_argument(parser)
+    add_tokenizer_argument(parser)
     parser.add_argument("--count", type=int, default=2000, help="texts of mixed lengths")
     parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()
@@ -152,6 +149,7 @@ def main() -> None:
         for kind, texts in kinds.items():
             label = f"{family}'s tokenizer, {len(texts)} texts of {kind}"
             records += bench(label, tokenizer, texts, arguments.runs)
+            write_records("pipeline-cpu", records)
     print(write_records("pipeline-cpu", records))
 
 

@@ -204,9 +204,7 @@ class Pipeline:
         plan = plan_batches(lengths, self.limits.token_budget, self.limits.max_rows)
         return [_Planned(rows[batch], [sequences[i] for i in batch]) for batch in plan]
 
-    def _tokenize(
-        self, texts: Sequence[str], rows: np.ndarray, window: np.ndarray
-    ) -> Tokenized:
+    def _tokenize(self, texts: Sequence[str], rows: np.ndarray, window: np.ndarray) -> Tokenized:
         chosen = [texts[i] for i in window]
         tokenized = self.tokenization.encode(
             chosen, max_length=self.limits.max_length, positions=rows[window]
