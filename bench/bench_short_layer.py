@@ -184,6 +184,7 @@ def main() -> None:
                 copy_GB_per_s=bandwidth,
             )
         )
+        write_records("short_layer", records)
     if arguments.sweep is not None:
         for name in arguments.sweep or PROJECTIONS:
             sweep(name, steps[name][0], arguments.tokens)

@@ -66,7 +66,7 @@ def sums(texts: list[str]) -> list[int]:
 def test_every_text_once_in_its_place(lengths, inline):
     texts = [chr(97 + i % 26) * n for i, n in enumerate(lengths)]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", (50, 100))
+        monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", 50)
         monkeypatch.setattr(pipeline, "INLINE_CHARACTERS", 1 << 20 if inline else -1)
         found, batches = run(texts, Characters())
     assert found.tolist() == sums(texts)
@@ -75,12 +75,12 @@ def test_every_text_once_in_its_place(lengths, inline):
 
 
 def test_the_first_batch_does_not_wait_for_the_corpus(monkeypatch):
-    monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", (100, 200))
+    monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", 100)
     texts = [f"text number {i}" for i in range(2000)]
     found, batches = run(texts, Characters())
     assert found.tolist() == sums(texts)
-    # The first window and the one that the thread went on with.
-    assert batches[0][0] <= 300 / len(texts[0])
+    # The first window and those that the threads went on with.
+    assert batches[0][0] <= 100 * (1 + pipeline.AHEAD + pipeline.THREADS) / len(texts[0])
 
 
 def test_a_few_texts_need_no_thread():
@@ -89,8 +89,8 @@ def test_a_few_texts_need_no_thread():
     assert tokenization.threads == {threading.current_thread().name}
 
 
-def test_an_error_of_the_tokenising_thread_ends_the_run(monkeypatch):
-    monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", (100, 200))
+def test_an_error_of_a_tokenising_thread_ends_the_run(monkeypatch):
+    monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", 100)
     tokenization = Characters()
     tokenization.fail_at = 500
     before = threading.active_count()
@@ -135,16 +135,13 @@ def test_flags_are_copied_only_when_one_is_set():
 
 
 @given(st.lists(st.integers(0, 400_000), max_size=40))
-def test_windows_hold_every_text_once_and_grow(lengths):
+def test_windows_hold_every_text_once(lengths):
     texts = [range(n) for n in lengths]
     windows = pipeline._windows(texts)
     everything = np.concatenate([*windows, np.zeros(0, np.int64)])
     assert sorted(everything.tolist()) == list(range(len(texts)))
     assert [lengths[i] for i in everything] == sorted(lengths, reverse=True)
-    longest = max(lengths, default=0)
     for window in windows:
         assert len(window)
-        assert sum(lengths[i] for i in window) <= pipeline.WINDOW_CHARACTERS[-1] + longest + 1
-    if windows:
-        first = sum(lengths[i] + 1 for i in windows[0])
-        assert first <= pipeline.WINDOW_CHARACTERS[0] or len(windows[0]) == 1 or longest > 131_072
+        assert sum(lengths[i] + 1 for i in window[1:]) <= pipeline.WINDOW_CHARACTERS
+    assert len(windows) <= sum(n + 1 for n in lengths) // pipeline.WINDOW_CHARACTERS + 1
