@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -24,12 +25,21 @@ class Characters:
         self.texts = 0
         self.threads: set[str] = set()
         self.fail_at = 1 << 30
+        self.slow_at = 1 << 30
+        self.lock = threading.Lock()
 
     def encode(self, texts, *, max_length, positions):
-        self.threads.add(threading.current_thread().name)
-        self.texts += len(texts)
-        if self.texts >= self.fail_at:
+        with self.lock:
+            self.threads.add(threading.current_thread().name)
+            self.texts += len(texts)
+            failed, slow = (
+                self.texts >= self.fail_at,
+                max(map(len, texts), default=0) >= self.slow_at,
+            )
+        if failed:
             raise ValueError("a text that cannot be tokenised")
+        if slow:
+            time.sleep(0.05)
         ids = [np.frombuffer(t.encode("utf-32-le"), dtype=np.int32)[:max_length] for t in texts]
         lengths = np.array([len(text) for text in texts])
         return TokenizedTexts(ids, lengths, lengths > max_length)
@@ -81,6 +91,18 @@ def test_the_first_batch_does_not_wait_for_the_corpus(monkeypatch):
     assert found.tolist() == sums(texts)
     # The first window and those that the threads went on with.
     assert batches[0][0] <= 100 * (1 + pipeline.AHEAD + pipeline.THREADS) / len(texts[0])
+
+
+def test_batches_keep_their_order_when_windows_end_out_of_order(monkeypatch):
+    monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", 100)
+    monkeypatch.setattr(pipeline, "INLINE_CHARACTERS", 0)
+    tokenization = Characters()
+    tokenization.slow_at = 28
+    texts = ["x" * n for n in range(1, 31)]
+    found, batches = run(texts, tokenization)
+    lengths = [n for batch in batches for n in batch[1:]]
+    assert found.tolist() == sums(texts)
+    assert lengths == sorted(lengths, reverse=True)
 
 
 def test_a_few_texts_need_no_thread():
