@@ -15,6 +15,7 @@ import argparse
 import gzip
 import json
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -24,7 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkpoints import CPU_GEOMETRY, CPU_NAME, add_arguments, real_checkpoint
+from checkpoints import (
+    CPU_GEOMETRY,
+    CPU_NAME,
+    add_arguments,
+    add_corpus_argument,
+    real_checkpoint,
+)
 from gpu_busy import profile
 from harness import record, write_records
 
@@ -132,6 +139,7 @@ def bench(
             tokens / mine,
             "1/s",
             device=device,
+            cpu_cores=len(os.sched_getaffinity(0)),
             peer=f"sentence-transformers, batch_size {best}",
             peer_value=tokens / peer_seconds,
             ratio=ratio,
@@ -147,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="JSONL, plain or gzipped")
+    add_corpus_argument(parser)
     add_arguments(parser)
     parser.add_argument("--count", type=int, default=4000, help="texts on CUDA")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each")
@@ -172,6 +180,8 @@ def main() -> None:
             for family in arguments.models:
                 folder = real_checkpoint(Path(root), family, arguments.tokenizer)
                 records += bench(folder, texts, f"{family}, mixed lengths", "cuda", arguments.runs)
+                write_records("corpus", records)
+                torch.cuda.empty_cache()
     print(write_records("corpus" if device == "cuda" else "corpus-cpu", records))
 
 

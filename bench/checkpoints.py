@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -25,13 +26,34 @@ CPU_NAME = "4 layers of width 256, random weights"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--tokenizer and --models."""
+    add_tokenizer_argument(parser)
+    parser.add_argument("--models", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+
+
+def add_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="DIR",
-        help="folder with small.json and nano.json, the real vocabularies; default ones trained on the spot",
+        default=path_from("BENCH_TOKENIZER"),
+        help="folder with small.json and nano.json, the real vocabularies; default BENCH_TOKENIZER, or ones trained "
+        "on the spot",
     )
-    parser.add_argument("--models", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+
+
+def add_corpus_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        metavar="FILE",
+        default=path_from("BENCH_CORPUS"),
+        help="JSONL, plain or gzipped; default BENCH_CORPUS, or the standard library's docstrings",
+    )
+
+
+def path_from(variable: str) -> Path | None:
+    """An absolute path from the environment, since benches may run in a folder of their own."""
+    return Path(os.environ[variable]).absolute() if variable in os.environ else None
 
 
 def real_checkpoint(root: Path, family: str, tokenizers: Path | None) -> Path:

@@ -75,9 +75,12 @@ def recipe(found: list[Record]) -> str:
     ]
     for name, stage in {"distillation": plan["distillation"], **plan["adapters"]}.items():
         losses = ", ".join(f"{loss} {weight:g}" for loss, weight in stage["weights"].items())
+        tokens = f"{stage['max_tokens']}"
+        if "long" in stage["weights"]:
+            tokens += f" (long: {stage['long_tokens']})"
         lines.append(
             f"| {name} | {stage['steps']} | {stage['batch']} | {stage['learning_rate']:g} | "
-            f"{stage['max_tokens']} | {stage['rope_theta']:.0f} | {losses} |"
+            f"{tokens} | {stage['rope_theta']:.0f} | {losses} |"
         )
     return "\n".join(lines)
 

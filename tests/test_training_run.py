@@ -32,8 +32,10 @@ from jv5kernels.training.student import (
     with_adapter,
 )
 
+SMALL = RECIPE.scaled(0.02, batch=8)
 TINY = replace(
-    RECIPE.scaled(0.03, batch=8),
+    SMALL,
+    distillation=replace(SMALL.distillation, long_tokens=96),
     geometry={
         "hidden_size": 64,
         "num_hidden_layers": 2,

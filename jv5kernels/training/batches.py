@@ -26,8 +26,10 @@ GROUPS, GROUPS_OF_SHORT, SHORT = 4, 2, 64
 # Widths are multiples of this, so that few shapes occur.
 WIDTH = 16
 NEGATIVES_PER_ANCHOR = 7
+# Long texts of a step, at most, and how much shorter than the longest the shortest of them are.
+LONG_TEXTS, SHORTEST_LONG = 16, 1 / 32
 # How often a text is taken in English where other languages are there.
-ENGLISH_QUERIES, ENGLISH_DOCUMENTS = 0.5, 0.75
+ENGLISH_QUERIES, ENGLISH_DOCUMENTS = 0.4, 0.6
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,16 @@ def grouped(texts: Texts, rows: np.ndarray, max_tokens: int) -> list[dict[str, A
         rows (n,) where it stood; width, an int no smaller than any length.
     """
     lengths = np.minimum(texts.offsets[rows + 1] - texts.offsets[rows], max_tokens)
+    return _in_groups(texts.offsets[rows], lengths)
+
+
+def _in_groups(starts: np.ndarray, lengths: np.ndarray) -> list[dict[str, Any]]:
     groups = GROUPS if lengths.max() > SHORT else GROUPS_OF_SHORT
     parts = []
-    for of in np.array_split(np.argsort(lengths, kind="stable"), min(groups, len(rows))):
+    for of in np.array_split(np.argsort(lengths, kind="stable"), min(groups, len(starts))):
         parts.append(
             {
-                "start": torch.from_numpy(texts.offsets[rows[of]]),
+                "start": torch.from_numpy(starts[of]),
                 "last": torch.from_numpy(lengths[of] - 1),
                 "rows": torch.from_numpy(of),
                 "width": -(-int(lengths[of].max()) // WIDTH) * WIDTH,
@@ -192,7 +198,26 @@ class Batches(Dataset):
         if paragraphs is not None:
             batch["paragraphs"] = self._texts(paragraphs)
             batch["paragraph_targets"] = self._targets(paragraphs)
+        if "long" in self.stage.weights:
+            batch["long"], batch["long_targets"] = self._long(rng)
         return batch
+
+    def _long(self, rng: np.random.Generator) -> tuple[list[dict[str, Any]], Tensor]:
+        """Texts that follow each other in the corpus as one; the target is their mean, weighted by length."""
+        texts, targets = self.source.texts, self.source.targets
+        count = min(LONG_TEXTS, self.stage.batch)
+        first = rng.choice(self.source.rows["description", True].order, count)
+        # Evenly spread in the logarithm.
+        wanted = self.stage.long_tokens * SHORTEST_LONG ** rng.random(count)
+        behind = np.searchsorted(texts.offsets, texts.offsets[first] + wanted, side="right") - 1
+        behind = np.maximum(behind, first + 1)
+        lengths = texts.offsets[behind] - texts.offsets[first]
+        means = []
+        for start, stop in zip(first, behind, strict=True):
+            weights = np.diff(texts.offsets[start : stop + 1]).astype(np.float32)
+            rows = targets[texts.target[start:stop]].astype(np.float32)
+            means.append(weights @ rows / weights.sum())
+        return _in_groups(texts.offsets[first], lengths), torch.from_numpy(np.stack(means))
 
     def _paragraphs(self, rng: np.random.Generator) -> np.ndarray | None:
         rows = self.source.rows["paragraph", True].order

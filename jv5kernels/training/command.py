@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ABLATION", "ablate", "train"]
 
 # A run of the ablation is shorter than the recipe's: only its two kinds are compared.
-ABLATION_STEPS, ABLATION_BATCH = 150, 768
+ABLATION_STEPS, ABLATION_BATCH = 100, 768
 ABLATION = ("with", "without")
 # Module -> package of the extra; the second kind for the scores alone.
 NEEDED = {

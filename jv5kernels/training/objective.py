@@ -77,10 +77,11 @@ class Objective(nn.Module):
             return {"topic": self._distillation(embeddings, targets)}
         return self._class_losses(batch)
 
-    def _embed(self, parts: Sequence[Mapping[str, Any]]) -> Tensor:
+    def _embed(self, parts: Sequence[Mapping[str, Any]], thinning: float | None = None) -> Tensor:
         device = self.ids.device.type
+        thinning = self.stage.thinning if thinning is None else thinning
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            return embed(self.backbone, self.ids, parts, self.stage.dropout)
+            return embed(self.backbone, self.ids, parts, self.stage.dropout, thinning)
 
     def _nested(self, loss: Callable[..., Tensor], *embeddings: Tensor) -> Tensor:
         return losses.matryoshka(loss, embeddings, self.dims)
@@ -119,6 +120,10 @@ class Objective(nn.Module):
             parts["paragraph"] = self._distillation(
                 self._embed(batch["paragraphs"]), self.targets[batch["paragraph_targets"]]
             )
+        if "long" in weights:
+            # Whole, so that the last positions are seen.
+            long = self._embed(batch["long"], thinning=0.0)
+            parts["long"] = self._distillation(long, batch["long_targets"])
         return parts
 
     def _ranking(self, queries: Tensor, documents: Tensor, batch: Mapping[str, Any]) -> Tensor:

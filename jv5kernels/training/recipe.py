@@ -17,12 +17,14 @@ class Stage:
         batch: packages a step.
         learning_rate: peak; linear warm-up over a twentieth of the steps, then cosine decay to 0.
         max_tokens: documents are cut to so many.
+        long_tokens: the loss "long" sees texts of up to so many.
         rope_theta: base of the rotary frequencies while training; never above the one at inference.
         weights: name of a loss -> its weight; a loss that is not named is not computed.
         temperature: τ of InfoNCE, learnable from here on.
         cosent_temperature: τ' of CoSENT.
         hard_negatives: mined documents a query.
         dropout: of the token embeddings.
+        thinning: share of each text's tokens that a step leaves out, so that no single word decides.
     """
 
     steps: int
@@ -30,11 +32,13 @@ class Stage:
     learning_rate: float
     rope_theta: float = 100_000.0
     max_tokens: int = 192
+    long_tokens: int = 8192
     weights: dict[str, float] = field(default_factory=dict)
     temperature: float = 0.02
     cosent_temperature: float = 0.05
     hard_negatives: int = 0
     dropout: float = 0.0
+    thinning: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,39 +84,41 @@ RECIPE = Recipe(
     vocab_size=10_240,
     matryoshka_dims=(32, 64, 128, 256, 384),
     lora_rank=16,
-    # A backbone that starts from random weights needs a contrastive term here; the paper's starts from Qwen3.
+    # A backbone that starts from random weights needs a contrastive term here, and with it the regulariser; the paper's
+    # starts from Qwen3.
     distillation=Stage(
-        steps=1200,
+        steps=1600,
         batch=2048,
         learning_rate=2e-3,
-        weights={"distill": 1.0, "nce": 0.5, "paragraph": 0.5},
+        weights={"distill": 1.0, "nce": 0.5, "paragraph": 0.5, "long": 0.25, "orthogonal": 1.0},
         temperature=0.05,
-        dropout=0.1,
+        thinning=0.3,
     ),
     adapters={
         "retrieval": Stage(
-            steps=300,
-            batch=1536,
-            learning_rate=1e-3,
-            weights={"nce": 1.0, "distill": 2.0, "orthogonal": 1.0},
+            steps=200,
+            batch=1024,
+            learning_rate=2e-3,
+            weights={"nce": 1.0, "distill": 2.0, "orthogonal": 4.0},
             hard_negatives=1,
-            dropout=0.1,
+            thinning=0.15,
         ),
         "text-matching": Stage(
-            steps=150,
+            steps=120,
             batch=1024,
             learning_rate=1e-3,
             weights={"cosent": 1.0, "nce": 1.0, "distill": 2.0},
+            thinning=0.15,
         ),
         "clustering": Stage(
-            steps=150,
+            steps=120,
             batch=1024,
             learning_rate=1e-3,
             rope_theta=50_000.0,
             weights={"topic": 1.0},
         ),
         "classification": Stage(
-            steps=150,
+            steps=120,
             batch=192,
             learning_rate=1e-3,
             rope_theta=200_000.0,

@@ -38,7 +38,7 @@ __all__ = ["Run", "tokenizer_for"]
 NEIGHBOURS = 24
 VOCAB_MULTIPLE = 64
 # What optimiser and logging add to forward and backward, and what begins and ends a stage.
-STEP_OVERHEAD, STAGE_OVERHEAD = 1.15, 2.0
+STEP_OVERHEAD, STAGE_OVERHEAD = 1.08, 2.5
 BATCHES = {
     "distillation": "pairs",
     "text-matching": "pairs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "new_backbone",
     "set_token_embeddings",
     "set_rope_theta",
+    "thinned",
     "with_adapter",
     "write_base",
     "write_adapter",
@@ -59,7 +61,10 @@ class FusedNorm(nn.RMSNorm):
     """Qwen3's RMSNorm by torch's one kernel in place of seven: they are half of the traffic of a small model."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
+        # That kernel computes in float32 inside; autocast would only write float32 copies around it.
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight.to(x.dtype)
+            return nn.functional.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def set_token_embeddings(backbone: nn.Module, vectors: Tensor) -> None:
@@ -86,31 +91,61 @@ def set_rope_theta(backbone: nn.Module, theta: float) -> None:
     base.rotary_emb = type(rotary)(config=config).to(device)
 
 
+def thinned(last: Tensor, width: int, share: float) -> tuple[Tensor, Tensor]:
+    """Draws which tokens of each text stay when a share of them is left out; the last one always stays.
+
+    Args:
+        last: (texts,) int64, position of each text's last token, below width.
+
+    Returns:
+        positions (texts, ⌈width * (1 - share)⌉) that stay, ascending, then `width` where a text has no more of them;
+        and the position of each text's last token among them.
+    """
+    count = math.ceil(width * (1 - share))
+    kept = torch.ceil((last + 1) * (1 - share)).long().clamp_max(count)
+    position = torch.arange(width, device=last.device)
+    draw = torch.rand(len(last), width, device=last.device)
+    draw = draw.masked_fill(position > last[:, None], 2.0).scatter(1, last[:, None], -1.0)
+    chosen = draw.topk(count, dim=1, largest=False, sorted=True).indices
+    chosen = chosen.masked_fill(position[:count] >= kept[:, None], width)
+    return chosen.sort(dim=1).values, kept - 1
+
+
 def embed(
-    backbone: nn.Module, ids: Tensor, parts: Sequence[Mapping[str, Any]], dropout: float = 0.0
+    backbone: nn.Module,
+    ids: Tensor,
+    parts: Sequence[Mapping[str, Any]],
+    dropout: float = 0.0,
+    thinning: float = 0.0,
 ) -> Tensor:
     """Returns the last token's hidden state of every text, float32 (texts, hidden), in the order they were given.
 
     A causal backbone never looks at what follows a token, so a row goes on behind its text with whatever ids follow
-    there, and no mask is needed.
+    there, and no mask is needed. Under autocast the hidden states have its dtype from the embeddings on.
 
     Args:
         ids: (ids of all texts,) int32, on the backbone's device.
         parts: what `batches.grouped` returns, on the same device.
         dropout: share of values of the token embeddings set to 0, in training mode.
+        thinning: share of each text's tokens left out, in training mode.
     """
     module: Any = backbone
     total = sum(len(part["rows"]) for part in parts)
     pooled = []
     for part in parts:
-        at = part["start"][:, None] + torch.arange(part["width"], device=ids.device)
+        position, last = torch.arange(part["width"], device=ids.device), part["last"]
+        if thinning and module.training:
+            position, last = thinned(last, part["width"], thinning)
+        at = part["start"][:, None] + position
         values = module.get_input_embeddings()(ids[at.clamp_max(len(ids) - 1)])
+        if torch.is_autocast_enabled(ids.device.type):
+            values = values.to(torch.get_autocast_dtype(ids.device.type))
         values = nn.functional.dropout(values, dropout, module.training)
         # A mapping of masks keeps the model from building one, and from waiting for the device while it does.
         hidden = module(
             inputs_embeds=values, attention_mask={"full_attention": None}, use_cache=False
         ).last_hidden_state
-        pooled.append(hidden[torch.arange(len(hidden), device=hidden.device), part["last"]].float())
+        pooled.append(hidden[torch.arange(len(hidden), device=hidden.device), last].float())
     rows = torch.cat([part["rows"] for part in parts])
     gathered = torch.cat(pooled)
     return gathered.new_zeros(total, gathered.shape[1]).index_copy(0, rows, gathered)
@@ -119,11 +154,17 @@ def embed(
 def with_adapter(backbone: nn.Module, task: str, rank: int) -> Any:
     """Returns the backbone, frozen, with a fresh LoRA adapter on all its linear layers."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     settings = adapter_config(task, rank)
     wanted = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "init_lora_weights")
     config = LoraConfig(**{key: settings[key] for key in wanted})
-    return get_peft_model(backbone, config)
+    model = get_peft_model(backbone, config)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            # Autocast chooses the dtype of products; a float32 copy of each input would only be cast back.
+            module.cast_input_dtype_enabled = False
+    return model
 
 
 def adapter_tensors(model: Any) -> dict[str, Tensor]:
