@@ -25,8 +25,7 @@ def scores(found: list[Record], source: Callable[[list[Record]], str]) -> str:
         return NO_SCORES
     rest = list(found)
     parts = [
-        make(rest)
-        for make in (_forms_table, _languages_table, _regulariser_table, _others_table)
+        make(rest) for make in (_forms_table, _languages_table, _regulariser_table, _others_table)
     ]
     return "\n\n".join(part for part in parts if part) + source(found)
 
