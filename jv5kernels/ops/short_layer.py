@@ -16,7 +16,7 @@ from jv5kernels.ops.qk_norm_rope import qk_norm_rope
 from jv5kernels.ops.registry import Implementation, Operator, Reason, triton_unavailable
 from jv5kernels.ops.swiglu import swiglu
 
-SHORT_TOKENS = 64
+SHORT_TOKENS = 16  # one tile of rows
 HEAD_DIMS = (32, 64, 128)
 
 
@@ -262,7 +262,6 @@ def _short_attention_triton(
         eps,
         head_dim**-0.5,
         (num_heads, num_kv_heads, head_dim),
-        max_seqlen,
         causal,
         out,
     )
