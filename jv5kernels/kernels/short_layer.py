@@ -71,7 +71,7 @@ def wait_for_the_kernel_before():
 
 @triton.jit
 def short_norm_kernel(
-    x,  # [T, K] fp32
+    x,  # [T, K] fp32, or dtype of weight
     y,  # [T, K] or None
     weight,  # [K]
     out,  # [T, K], dtype of weight
@@ -87,7 +87,7 @@ def short_norm_kernel(
     b_weight = tl.load(weight + o_k, mask=m_k, other=0.0).to(tl.float32)
     if IS_CHAINED:
         wait_for_the_kernel_before()
-    b_x = tl.load(x + o_x, mask=m_k, other=0.0)
+    b_x = tl.load(x + o_x, mask=m_k, other=0.0).to(tl.float32)
     if y is not None:
         b_x += tl.load(y + o_x, mask=m_k, other=0.0).to(tl.float32)
     tl.store(total + o_x, b_x, mask=m_k)
