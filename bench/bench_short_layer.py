@@ -127,10 +127,9 @@ def attention_steps(
     return ours, peer, qkv.nbytes
 
 
-def sweep(name: str, step: Step, tokens: int) -> None:
+def sweep(name: str, step: Step) -> None:
     """Prints the best tiles of a projection."""
     columns, inner, is_swiglu = PROJECTIONS[name]
-    rows = short_layer.rows_of_tile(tokens)
     found = []
     for values in itertools.product(*SWEEP.values()):
         config = short_layer.Config(*values)
@@ -138,8 +137,7 @@ def sweep(name: str, step: Step, tokens: int) -> None:
         registers = config.BN * (1 + is_swiglu) * inner // (64 * config.num_warps)
         if registers > 160 or step_of // config.num_warps < 16 or step_of < config.max_BK // 2:
             continue
-        kinds = {(rows, kind): config for kind in ("wide", "swiglu", "narrow")}
-        with patch.dict(short_layer.CONFIGS, kinds):
+        with patch.dict(short_layer.CONFIGS, dict.fromkeys(short_layer.CONFIGS, config)):
             try:
                 found.append((microseconds(step, 5), str(config)))
             except OutOfResources:
@@ -187,7 +185,7 @@ def main() -> None:
         write_records("short_layer", records)
     if arguments.sweep is not None:
         for name in arguments.sweep or PROJECTIONS:
-            sweep(name, steps[name][0], arguments.tokens)
+            sweep(name, steps[name][0])
     print(write_records("short_layer", records))
 
 

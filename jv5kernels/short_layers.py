@@ -63,7 +63,7 @@ def forward_short(backbone: PackedBackbone, batch: PackedBatch) -> tuple[Tensor,
         batch: at most SHORT_TOKENS tokens, every one of them in a sequence.
     """
     spec = backbone.spec
-    residual = torch.nn.functional.embedding(batch.input_ids, backbone.embedding).float()
+    residual = torch.nn.functional.embedding(batch.input_ids, backbone.embedding)
     y: Tensor | None = None
     for layer in backbone.layers:
         x, residual = short_norm(residual, y, layer.input_norm, spec.rms_norm_eps)

@@ -101,7 +101,7 @@ def test_traffic_meets_no_variant_that_the_warm_up_did_not(family, pooling, fold
 
 
 @settings(max_examples=10)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=20))
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=16))
 def test_integer_arguments_are_constants_of_the_model_or_not_specialised(folders, lengths):
     """A length or a count as an ordinary argument would be compiled for being 1 or a multiple of 16."""
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -2,7 +2,7 @@
 
 `short_norm_kernel` takes a row of the residual stream: total = x + y in fp32, and RMSNorm of it.
 
-`short_linear_kernel`, for up to 64 rows, streams the weight once through as many programs as keep the memory busy:
+`short_linear_kernel`, for up to 16 rows, streams the weight once through as many programs as keep the memory busy:
 
     out = x · Wᵀ
     out = silu(gate) · up                                                     with IS_SWIGLU
@@ -29,7 +29,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = 1.4426950408889634
-MAX_ROWS = 64
+# The height of a tile: rows of a product, tokens of a sequence.
+ROWS = 16
 ATTENTION_WARPS = NORM_WARPS = 4
 
 
@@ -42,22 +43,15 @@ class Config:
     max_BK: int
 
 
-# (rows of a tile, kind of projection) -> configuration; bench/bench_short_layer.py --sweep times others.
+# Kind of projection -> configuration; bench/bench_short_layer.py --sweep times others.
 CONFIGS = {
-    (16, "wide"): Config(32, 4, 1024),
-    (16, "swiglu"): Config(16, 4, 1024),
-    (16, "narrow"): Config(8, 8, 2048),
-    (32, "wide"): Config(32, 8, 512),
-    (32, "swiglu"): Config(16, 8, 512),
-    (32, "narrow"): Config(16, 8, 512),
-    (64, "wide"): Config(32, 8, 256),
-    (64, "swiglu"): Config(16, 8, 256),
-    (64, "narrow"): Config(8, 8, 256),
+    "swiglu": Config(16, 4, 1024),
+    "wide": Config(32, 4, 1024),
+    "narrow": Config(16, 8, 2048),
+    "deep": Config(8, 8, 2048),
 }
-# Where a projection is wide: a program on each multiprocessor even with 32 columns a program.
-WIDE = 2048
-# Values of x that a program loads before the first product: 96 registers a thread with 8 warps.
-X_AHEAD = 16 * 3072
+# Columns from which 32 a program leave a program for each multiprocessor; values of K that fill the registers of 16.
+WIDE, DEEP = 2048, 3072
 
 
 @triton.jit
@@ -77,7 +71,7 @@ def wait_for_the_kernel_before():
 
 @triton.jit
 def short_norm_kernel(
-    x,  # [T, K] fp32
+    x,  # [T, K] fp32, or dtype of weight
     y,  # [T, K] or None
     weight,  # [K]
     out,  # [T, K], dtype of weight
@@ -93,7 +87,7 @@ def short_norm_kernel(
     b_weight = tl.load(weight + o_k, mask=m_k, other=0.0).to(tl.float32)
     if IS_CHAINED:
         wait_for_the_kernel_before()
-    b_x = tl.load(x + o_x, mask=m_k, other=0.0)
+    b_x = tl.load(x + o_x, mask=m_k, other=0.0).to(tl.float32)
     if y is not None:
         b_x += tl.load(y + o_x, mask=m_k, other=0.0).to(tl.float32)
     tl.store(total + o_x, b_x, mask=m_k)
@@ -113,7 +107,6 @@ def short_linear_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     PIECES: tl.constexpr,
-    IS_AHEAD: tl.constexpr,
     IS_SWIGLU: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
@@ -126,7 +119,7 @@ def short_linear_kernel(
     m_x = o_m[None, :, None] < T
     p_x = x + o_m[None, :, None] * K + o_k  # [PIECES, BM, BK / PIECES]
     p_weight = weight + o_n[None, :, None] * K + o_k  # [PIECES, BN, BK / PIECES]
-    # All loads of the weight are under way before anything is waited for.
+    # All loads are under way before the first product, those of the weight even before the wait.
     b_weight = ()
     b_weight_up = ()
     for i in tl.static_range(STEPS):
@@ -135,20 +128,15 @@ def short_linear_kernel(
             b_weight_up += (tl.load(p_weight + N * K + i * BK),)
     if IS_CHAINED:
         wait_for_the_kernel_before()
-    b_ahead = ()
-    if IS_AHEAD:
-        for i in tl.static_range(STEPS):
-            b_ahead += (tl.load(p_x + i * BK, mask=m_x, other=0.0),)
+    b_x = ()
+    for i in tl.static_range(STEPS):
+        b_x += (tl.load(p_x + i * BK, mask=m_x, other=0.0),)
     b_out = tl.zeros([PIECES, BM, BN], tl.float32)
     b_up = tl.zeros([PIECES, BM, BN], tl.float32)
     for i in tl.static_range(STEPS):
-        if IS_AHEAD:
-            b_x = b_ahead[i]
-        else:
-            b_x = tl.load(p_x + i * BK, mask=m_x, other=0.0)
-        b_out = dot(b_x, tl.permute(b_weight[i], (0, 2, 1)), b_out)
+        b_out = dot(b_x[i], tl.permute(b_weight[i], (0, 2, 1)), b_out)
         if IS_SWIGLU:
-            b_up = dot(b_x, tl.permute(b_weight_up[i], (0, 2, 1)), b_up)
+            b_up = dot(b_x[i], tl.permute(b_weight_up[i], (0, 2, 1)), b_up)
     b_sum = tl.sum(b_out, 0)
     if IS_SWIGLU:
         b_sum = b_sum / (1.0 + tl.exp(-b_sum)) * tl.sum(b_up, 0)
@@ -234,15 +222,10 @@ def can_chain(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def rows_of_tile(rows: int) -> int:
-    """The tile that holds so many rows."""
-    return max(16, triton.next_power_of_2(rows))
-
-
-def config_of(rows: int, columns: int, inner: int, is_swiglu: bool) -> tuple[Config, int]:
-    """The configuration for so many rows of a tile and a weight (columns, inner), and the columns of K at once."""
-    kind = "swiglu" if is_swiglu else "wide" if columns >= WIDE else "narrow"
-    config = CONFIGS[rows, kind]
+def config_of(columns: int, inner: int, is_swiglu: bool) -> tuple[Config, int]:
+    """The configuration for a weight (columns, inner), and the columns of K at once."""
+    narrow = "deep" if inner >= DEEP else "narrow"
+    config = CONFIGS["swiglu" if is_swiglu else "wide" if columns >= WIDE else narrow]
     return config, min(config.max_BK, inner & -inner)
 
 
@@ -281,13 +264,12 @@ def launch_short_norm(
 def launch_short_linear(
     x: torch.Tensor, weight: torch.Tensor, is_swiglu: bool, out: torch.Tensor
 ) -> None:
-    """Fills `out` (T, N); all tensors are contiguous, T is at most MAX_ROWS."""
+    """Fills `out` (T, N); all tensors are contiguous, T is at most ROWS."""
     T, K = x.shape
     N = out.shape[1]
     if T == 0:
         return
-    BM = rows_of_tile(T)
-    config, BK = config_of(BM, N, K, is_swiglu)
+    config, BK = config_of(N, K, is_swiglu)
     short_linear_kernel[(N // config.BN,)](
         x,
         weight,
@@ -295,11 +277,10 @@ def launch_short_linear(
         T,
         N=N,
         K=K,
-        BM=BM,
+        BM=ROWS,
         BN=config.BN,
         BK=BK,
         PIECES=config.num_warps,
-        IS_AHEAD=BM * K <= X_AHEAD,
         IS_SWIGLU=is_swiglu,
         IS_CHAINED=can_chain(x.device),
         launch_pdl=can_chain(x.device),
@@ -317,11 +298,10 @@ def launch_short_attention(
     eps: float,
     softmax_scale: float,
     heads: tuple[int, int, int],
-    max_seqlen: int,
     is_causal: bool,
     out: torch.Tensor,
 ) -> None:
-    """Fills `out` (T, HQ · D) for sequences of at most max_seqlen tokens; `heads` is (HQ, HK, D)."""
+    """Fills `out` (T, HQ · D) for sequences of at most ROWS tokens; `heads` is (HQ, HK, D)."""
     HQ, HK, D = heads
     B = cu_seqlens.shape[0] - 1
     if B == 0 or qkv.shape[0] == 0:
@@ -338,7 +318,7 @@ def launch_short_attention(
         HQ=HQ,
         HK=HK,
         D=D,
-        BT=rows_of_tile(max_seqlen),
+        BT=ROWS,
         IS_CAUSAL=is_causal,
         HAS_NORM=q_weight is not None,
         IS_CHAINED=can_chain(qkv.device),

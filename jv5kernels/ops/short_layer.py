@@ -16,7 +16,7 @@ from jv5kernels.ops.qk_norm_rope import qk_norm_rope
 from jv5kernels.ops.registry import Implementation, Operator, Reason, triton_unavailable
 from jv5kernels.ops.swiglu import swiglu
 
-SHORT_TOKENS = 64
+SHORT_TOKENS = 16  # one tile of rows
 HEAD_DIMS = (32, 64, 128)
 
 
@@ -26,7 +26,7 @@ def short_norm(
     """Returns RMSNorm(x + y) and x + y, as `add_rms_norm` does, in a kernel that overlaps with the next one.
 
     Args:
-        x: (T, K) float32, contiguous.
+        x: (T, K) float32 or dtype of norm_weight, contiguous.
         y: (T, K), dtype of norm_weight, contiguous; None adds nothing.
         norm_weight: (K,) float32, float16 or bfloat16.
         eps: added to the mean square.
@@ -43,9 +43,13 @@ def short_norm(
         >>> short_norm(torch.full((1, 2), 3.0), None, torch.ones(2), 0.0)[0]
         tensor([[1., 1.]])
     """
-    check_tensor("x", x, ndim=2, dtypes=(torch.float32,))
+    check_tensor("norm_weight", norm_weight, ndim=1, dtypes=FLOAT_DTYPES)
     check_tensor(
-        "norm_weight", norm_weight, shape=(x.shape[1],), dtypes=FLOAT_DTYPES, device=x.device
+        "x",
+        x,
+        shape=(None, norm_weight.shape[0]),
+        dtypes=(torch.float32, norm_weight.dtype),
+        device=norm_weight.device,
     )
     _check_contiguous("x", x)
     if y is not None:
@@ -162,7 +166,7 @@ def short_attention(
 def _short_norm_torch(
     x: Tensor, y: Tensor | None, norm_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    total = x.clone() if y is None else x + y
+    total = x.to(torch.float32, copy=True) if y is None else x.float() + y
     normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * norm_weight
     return normed.to(norm_weight.dtype), total
 
@@ -172,7 +176,8 @@ def _short_norm_triton(
 ) -> tuple[Tensor, Tensor]:
     from jv5kernels.kernels.short_layer import launch_short_norm
 
-    out, total = torch.empty_like(x, dtype=norm_weight.dtype), torch.empty_like(x)
+    out = torch.empty_like(x, dtype=norm_weight.dtype)
+    total = torch.empty_like(x, dtype=torch.float32)
     launch_short_norm(x, y, norm_weight, eps, out, total)
     return out, total
 
@@ -262,7 +267,6 @@ def _short_attention_triton(
         eps,
         head_dim**-0.5,
         (num_heads, num_kv_heads, head_dim),
-        max_seqlen,
         causal,
         out,
     )
@@ -279,7 +283,7 @@ _short_norm = Operator(
     auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
     fake=lambda x, y, norm_weight, *_: (
         torch.empty_like(x, dtype=norm_weight.dtype),
-        torch.empty_like(x),
+        torch.empty_like(x, dtype=torch.float32),
     ),
 )
 
