@@ -46,7 +46,7 @@ TOKEN_WARPS = 4
 # Chunks of a group, at least 2, and rows of partial sums that are loaded before the first is added.
 GROUP, BATCH = tl.constexpr(16), tl.constexpr(8)
 # A call's number is written into its counters, above 16 bits of count. It starts at random so that memory which
-# other programs left behind holds it with a chance of 2⁻⁴⁶.
+# other programs left behind holds it with a chance of 2⁻⁴⁵.
 COUNT_BITS = tl.constexpr(16)
 CALLS = itertools.count((1 << 45) + secrets.randbits(45))
 
@@ -163,8 +163,9 @@ def open_counter(p, found, call):
     `found` was loaded from it before. Where the exchange finds another word by now, only a program of the
     same call can have written it, and its first one was this exchange.
     """
-    if found >> COUNT_BITS != call >> COUNT_BITS:
-        tl.atomic_cas(p, found, call, sem="relaxed")
+    # No branch: the threads of a program may have found different words. The first one's exchange counts.
+    is_open = found >> COUNT_BITS == call >> COUNT_BITS
+    tl.atomic_cas(p, found, tl.where(is_open, found, call), sem="relaxed")
 
 
 @triton.jit
@@ -228,14 +229,10 @@ def mean_kernel(
     i_first = i_program - i_chunk
     i_group = i_first + i_chunk // GROUP * GROUP
     p_group = counter_of(partials, i_group, C)
-    # That of the second chunk, which begins no group.
-    p_row = counter_of(partials, i_first + 1, C)
-    # Loaded here, so that nothing waits for them.
-    group_found = tl.zeros([], dtype=tl.int64)
-    row_found = tl.zeros([], dtype=tl.int64)
+    # Loaded here, so that nothing waits for it.
+    found = tl.zeros([], dtype=tl.int64)
     if chunks > 1:
-        group_found = tl.load(p_group, cache_modifier=".cg")
-        row_found = tl.load(p_row, cache_modifier=".cg")
+        found = tl.load(p_group, cache_modifier=".cg")
 
     begin = start + i_chunk * READ.CHUNK
     end = tl.minimum(start + length, begin + READ.CHUNK)
@@ -246,10 +243,12 @@ def mean_kernel(
 
     finishes = True
     if chunks > 1:
-        in_group = tl.minimum(chunks - (i_group - i_first), GROUP)
-        open_counter(p_group, group_found, call)
+        open_counter(p_group, found, call)
+        # A row's counter is that of its second chunk, which begins no group.
+        p_row = counter_of(partials, i_first + 1, C)
         if groups > 1:
-            open_counter(p_row, row_found, call)
+            open_counter(p_row, tl.load(p_row, cache_modifier=".cg"), call)
+        in_group = tl.minimum(chunks - (i_group - i_first), GROUP)
         finishes = arrives_last(p_group, in_group, call)
         if finishes:
             if groups > 1:

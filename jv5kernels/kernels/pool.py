@@ -23,6 +23,9 @@ import triton.language as tl
 
 from jv5kernels.kernels.quantize import block_of_columns
 
+# Timed on an H200 for 32768 x 1024 to bits, repeated over inputs, µs at 64x512 / 182x180 / 1x32768: fp32 37 / 37 / 39,
+# bf16 25 / 24 / 28. 32 tokens 40 / 40 / 45 and 28 / 27 / 33, 128 tokens 44 / 46 / 46 and 32 / 34 / 34; 128 tokens
+# with 128 values 38 / 47 / 41 and 28 / 37 / 31; two warps, or one, 45 / 43 / 50 and 32 / 29 / 37.
 CHUNK = 64
 NUM_WARPS = 4
 # Values of a block that a lane holds: eight tokens of 1024 values.
@@ -78,7 +81,9 @@ def sum_of_tokens(hidden, start, end, stride_ht, eps, HAS_NORM: tl.constexpr, RE
         i_token = (i_t + o_t).to(tl.int64)
         m_t = i_token < end
         p = hidden + i_token[:, None] * stride_ht + o_c
-        b = tl.load(p, mask=m_t[:, None] & (o_c < READ.C), other=0.0).to(tl.float32)  # [BT, BC]
+        m = m_t[:, None] & (o_c < READ.C)
+        # Read once: what else is in the L2 cache may stay.
+        b = tl.load(p, mask=m, other=0.0, eviction_policy="evict_first").to(tl.float32)  # [BT, BC]
         if HAS_NORM:
             b_mean = tl.sum(b * b, axis=1) / READ.C
             # A masked token with eps = 0 would be 0 · inf. The approximation is off by 2⁻²² at most.
