@@ -43,6 +43,7 @@ COPY = "copy of as many bytes"
 EMPTY = "empty kernel"
 # Inputs that are taken in turn, and calls in one graph.
 INPUTS, REPEATS = 3, 24
+PRECISIONS = ("float32", "ubinary")
 
 
 class Problem:
@@ -148,31 +149,35 @@ def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     return captured(lambda: [calls[i % len(calls)]() for i in range(REPEATS)])
 
 
-def device_record(
-    name: str,
-    calls: Sequence[Callable[[], Any]],
+def device_records(
+    calls: dict[str, Sequence[Callable[[], Any]]],
     peer: str,
     peer_calls: Sequence[Callable[[], Any]],
     moved: int,
-) -> dict[str, Any]:
-    """Milliseconds of a kernel against those of a peer: repeated over inputs, or of one call where there is one."""
-    capture, repeats = (in_turn, REPEATS) if len(calls) > 1 else (lambda c: captured(c[0]), 1)
-    timings = time_interleaved({"triton": capture(calls), peer: capture(peer_calls)}, rounds=5)
-    ours, theirs = timings["triton"], timings[peer]
-    return record(
-        name,
-        "triton",
-        "ms",
-        ours.p50 / repeats,
-        "ms",
-        device="cuda",
-        peer=peer,
-        peer_value=theirs.p50 / repeats,
-        ratio=theirs.p50 / ours.p50,
-        p20=ours.p20 / repeats,
-        p80=ours.p80 / repeats,
-        GB_per_s=moved * repeats / ours.p50 / 1e6,
+) -> list[dict[str, Any]]:
+    """Milliseconds of kernels against those of a peer: repeated over inputs, or of one call where there is one."""
+    capture, repeats = (in_turn, REPEATS) if len(peer_calls) > 1 else (lambda c: captured(c[0]), 1)
+    timings = time_interleaved(
+        {name: capture(c) for name, c in (calls | {peer: peer_calls}).items()}
     )
+    theirs = timings.pop(peer)
+    return [
+        record(
+            name,
+            "triton",
+            "ms",
+            ours.p50 / repeats,
+            "ms",
+            device="cuda",
+            peer=peer,
+            peer_value=theirs.p50 / repeats,
+            ratio=theirs.p50 / ours.p50,
+            p20=ours.p20 / repeats,
+            p80=ours.p80 / repeats,
+            GB_per_s=moved * repeats / ours.p50 / 1e6,
+        )
+        for name, ours in timings.items()
+    ]
 
 
 def error_record(name: str, error: float) -> dict[str, Any]:
@@ -186,14 +191,16 @@ def mean_records(problems: Sequence[Problem]) -> list[dict[str, Any]]:
     error = relative_error(problem.ours("mean"), expected)
     assert error <= 1e-6, f"mean {problem.name}: relative error {error:.1e}"
     check_bits(problem.ours("mean", "ubinary"), expected, 1e-4, problem.name)
+    calls = {
+        f"mean {problem.name} to {to}": [lambda p=p, to=to: p.ours("mean", to) for p in problems]
+        for to in PRECISIONS
+    }
     moved = problem.hidden.nbytes
-    copies = copies_of(moved)
-    records = [error_record(f"mean {problem.name}", error)]
-    for precision in ("float32", "ubinary"):
-        name = f"mean {problem.name} to {precision}"
-        calls = [lambda p=p, to=precision: p.ours("mean", to) for p in problems]
-        records.append(device_record(name, calls, COPY, copies, moved))
-    return [*records, host_record(problem, "mean")]
+    return [
+        error_record(f"mean {problem.name}", error),
+        *device_records(calls, COPY, copies_of(moved), moved),
+        host_record(problem, "mean"),
+    ]
 
 
 def host_record(problem: Problem, mode: str) -> dict[str, Any]:
@@ -204,7 +211,7 @@ def host_record(problem: Problem, mode: str) -> dict[str, Any]:
     limit = 1e-4 if problem.hidden.dtype == torch.float32 else 1e-2
     check_bits(theirs(), problem.expected(mode), limit, f"{name}, {PEER}")
     calls = {"triton": lambda: problem.ours(mode, "ubinary").cpu(), PEER: theirs}
-    timings = time_interleaved(calls, rounds=5)
+    timings = time_interleaved(calls)
     return record(
         name,
         "triton",
@@ -225,17 +232,12 @@ def token_records(problem: Problem) -> list[dict[str, Any]]:
     error = relative_error(problem.ours("lasttoken"), expected)
     assert error <= 1e-6, f"lasttoken {problem.name}: relative error {error:.1e}"
     check_bits(problem.ours("lasttoken", "ubinary"), expected, 1e-4, problem.name)
+    calls = {
+        f"lasttoken {problem.name} to {to}": [lambda to=to: problem.ours("lasttoken", to)]
+        for to in PRECISIONS
+    }
     moved = problem.sequences * WIDTH * (problem.hidden.element_size() + 4)
-    return [
-        device_record(
-            f"lasttoken {problem.name} to {precision}",
-            [lambda p=precision: problem.ours("lasttoken", p)],
-            EMPTY,
-            [empty_kernel()],
-            moved,
-        )
-        for precision in ("float32", "ubinary")
-    ]
+    return device_records(calls, EMPTY, [empty_kernel()], moved)
 
 
 def span_records(problems: Sequence[Problem]) -> list[dict[str, Any]]:
@@ -262,7 +264,7 @@ def span_records(problems: Sequence[Problem]) -> list[dict[str, Any]]:
         assert error <= 1e-6, f"{name}: relative error {error:.1e}"
         row_bytes = WIDTH * problem.hidden.element_size()
         moved = int((spans[:, 1] - spans[:, 0]).sum()) * row_bytes
-        records.append(device_record(name, calls, COPY, copies_of(moved), moved))
+        records += device_records({name: calls}, COPY, copies_of(moved), moved)
     return records
 
 
@@ -274,7 +276,9 @@ def run_on_cuda() -> None:
                 Problem(sequences, 32768 // sequences, dtype, "cuda", seed)
                 for seed in range(INPUTS)
             ]
-            records += mean_records(problems) + token_records(problems[0])
+            records += mean_records(problems)
+            if sequences > 1:
+                records += token_records(problems[0])
         records += span_records(problems)
     print_records(r | {"ratio": r["ratio"] if r["peer"] else None} for r in records)
     print(write_records(NAME, records))
