@@ -57,10 +57,10 @@ class Report:
     sass: str = field(default="", repr=False)
     losses: list[str] = field(default_factory=list)
 
-    def check(self, *, max_registers: int = 255, max_stack: int = 0) -> None:
+    def check(self, *, max_registers: int = 255) -> None:
         """Asserts what every shipped configuration must keep: fits the SM, no spills, no float64."""
         assert self.shared <= 227 * 1024, f"{self.shared} bytes of shared memory"
-        assert self.stack <= max_stack and self.local == 0, (
+        assert self.stack == 0 and self.local == 0, (
             f"spills: stack {self.stack}, local {self.local}"
         )
         assert self.registers <= max_registers, f"{self.registers} registers"

@@ -8,9 +8,9 @@
     flag  = 1 unless the floats of out and ‖row‖ are finite
 
 `token_kernel` is the whole of last-token and cls pooling, `mean_kernel` of means. A program of the latter
-stores the sum of a chunk of tokens; of the programs of a group of chunks the last to arrive adds their
-sums, and of the groups of a row the last adds those and does the rest. Which one that is changes no bit:
-sums go in an order that the row's length fixes.
+has the sum of a chunk of tokens. The sums of a row are the leaves of a tree whose nodes have eight children;
+the last of these to arrive adds them and goes on to the next node, and the last at the root does the rest.
+Which one that is changes no bit: sums go in an order that the row's length fixes.
 
 Arrivals are counted in words that need no initial value, so the memory may be any and no launch has to
 clear it: see `open_counter`. Traffic: hidden once, and 8·C/CHUNK bytes a token for the partial sums,
@@ -43,8 +43,8 @@ from jv5kernels.kernels.quantize import (
 )
 
 TOKEN_WARPS = 4
-# Chunks of a group, at least 2, and rows of partial sums that are loaded before the first is added.
-GROUP, BATCH = tl.constexpr(16), tl.constexpr(8)
+# Children of a node: sums that are loaded before the first two are added.
+FAN = tl.constexpr(8)
 # A call's number is written into its counters, above 16 bits of count. It starts at random so that memory which
 # other programs left behind holds it with a chance of 2⁻⁴⁵.
 COUNT_BITS = tl.constexpr(16)
@@ -181,16 +181,22 @@ def arrives_last(p, count, call):
 
 
 @triton.jit
+def family_of(i_node, nodes, width):
+    """The first chunk below the parent of a node that spans `width` chunks, and how many children it has."""
+    i_oldest = i_node // FAN * FAN
+    return i_oldest * width, tl.minimum(nodes - i_oldest, FAN)
+
+
+@triton.jit
 def sum_rows(p, count, stride, o_c, C: tl.constexpr):
-    """The sum [BC] of `count` rows, BATCH of them at a time, past the L1 cache."""
-    b_sum = tl.zeros(o_c.shape, dtype=tl.float32)
-    for i in range(0, count, BATCH):
-        b = ()
-        for k in tl.static_range(BATCH):
-            m = o_c < tl.where(i + k < count, C, 0)
-            b += (tl.load(p + (i + k) * stride + o_c, mask=m, other=0.0, cache_modifier=".cg"),)
-        for k in tl.static_range(0, BATCH, 2):
-            b_sum += b[k] + b[k + 1]
+    """The sum [BC] of at most FAN rows, past the L1 cache."""
+    b = ()
+    for k in tl.static_range(FAN):
+        m = o_c < tl.where(k < count, C, 0)
+        b += (tl.load(p + k * stride + o_c, mask=m, other=0.0, cache_modifier=".cg"),)
+    b_sum = b[0] + b[1]
+    for k in tl.static_range(2, FAN, 2):
+        b_sum += b[k] + b[k + 1]
     return b_sum
 
 
@@ -225,44 +231,41 @@ def mean_kernel(
     chunks = tl.cdiv(length, READ.CHUNK)
     if i_chunk >= tl.maximum(chunks, 1):
         return
-    groups = tl.cdiv(chunks, GROUP)
     i_first = i_program - i_chunk
-    i_group = i_first + i_chunk // GROUP * GROUP
-    p_group = counter_of(partials, i_group, C)
+    i_oldest, children = family_of(i_chunk, chunks, 1)
     # Loaded here, so that nothing waits for it.
-    found = tl.zeros([], dtype=tl.int64)
-    if chunks > 1:
-        found = tl.load(p_group, cache_modifier=".cg")
+    p_counter = counter_of(partials, i_first + i_oldest, C)
+    found = tl.load(p_counter, mask=children > 1, other=0, cache_modifier=".cg")
 
     begin = start + i_chunk * READ.CHUNK
     end = tl.minimum(start + length, begin + READ.CHUNK)
-    b_sum = sum_of_tokens(hidden, begin, end, stride_ht, eps, weight is not None, READ)
-    stride = row_stride(C)
-    o_c = tl.arange(0, READ.BC)  # [BC]
-    tl.store(partials + i_program.to(tl.int64) * stride + o_c, b_sum, mask=o_c < C)
+    b = sum_of_tokens(hidden, begin, end, stride_ht, eps, weight is not None, READ)
 
+    o_c = tl.arange(0, READ.BC)  # [BC]
+    stride = row_stride(C)
+    i_node, nodes, width, level = i_chunk, chunks, 1, 0
     finishes = True
-    if chunks > 1:
-        open_counter(p_group, found, call)
-        # A row's counter is that of its second chunk, which begins no group.
-        p_row = counter_of(partials, i_first + 1, C)
-        if groups > 1:
-            open_counter(p_row, tl.load(p_row, cache_modifier=".cg"), call)
-        in_group = tl.minimum(chunks - (i_group - i_first), GROUP)
-        finishes = arrives_last(p_group, in_group, call)
+    while nodes > 1:
+        # A node keeps its sum where its first chunk had its own. Its counter is as many rows behind that as
+        # it has levels below it, and so no other node's: one of two children has a chunk there.
+        i_oldest, children = family_of(i_node, nodes, width)
+        p = partials + (i_first + i_oldest).to(tl.int64) * stride
+        if children > 1:
+            p_counter = counter_of(partials, i_first + i_oldest + level, C)
+            tl.store(p + i_node % FAN * width * stride + o_c, b, mask=o_c < C)
+            open_counter(p_counter, found, call)
+            finishes = arrives_last(p_counter, children, call)
         if finishes:
-            if groups > 1:
-                p = partials + i_group.to(tl.int64) * stride
-                tl.store(p + o_c, sum_rows(p, in_group, stride, o_c, C), mask=o_c < C)
-                finishes = arrives_last(p_row, groups, call)
-    else:
-        tl.debug_barrier()
-    if finishes:
-        p = partials + i_first.to(tl.int64) * stride
-        if groups > 1:
-            b = sum_rows(p, groups, stride * GROUP, o_c, C)
+            i_node, nodes, level = i_node // FAN, tl.cdiv(nodes, FAN), level + 1
+            i_above, siblings = family_of(i_node, nodes, width * FAN)
+            p_counter = counter_of(partials, i_first + i_above + level, C)
+            found = tl.load(p_counter, mask=siblings > 1, other=0, cache_modifier=".cg")
+            if children > 1:
+                b = sum_rows(p, children, width * stride, o_c, C)
+            width *= FAN
         else:
-            b = sum_rows(p, chunks, stride, o_c, C)
+            nodes = 0
+    if finishes:
         b = tl.div_rn(b, tl.full([OUT.BC], 0.0, tl.float32) + tl.maximum(length, 1).to(tl.float32))
         if weight is not None:
             b = b * tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)
