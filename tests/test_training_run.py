@@ -253,9 +253,30 @@ def test_the_command_trains_scores_and_draws(
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_ablation_alone_on_a_finished_model(
+    finished: Run, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "RECIPE", TINY)
+    corpus, out = write_corpus(tmp_path / "corpus.jsonl.xz", 400), tmp_path / "run"
+    model = finished.model
+    before = (model / "model.safetensors").read_bytes()
+    arguments = ["train", str(corpus), str(out), "--teacher", str(teacher), "--device", "cpu"]
+    arguments += ["--ablation-only", str(model), "--ablation", "2", "--ablation-seconds", "40"]
+    assert main([*arguments, "--batch", "6", "--no-progress", "--no-scores"]) == 0
+    assert (model / "model.safetensors").read_bytes() == before and not (out / "model").exists()
+    log = json.loads((out / "log.json").read_text())
+    names = {f"ablation-{kind}-{seed}" for kind in ("with", "without") for seed in (1, 2)}
+    assert set(log["dev"]) == set(log["history"]) == names
+    losses = log["history"]["ablation-without-1"][0]
+    assert "orthogonal" in log["history"]["ablation-with-1"][0] and "orthogonal" not in losses
+    assert losses["distill"] < 0.9, "the projection was fitted before the first step"
+    written = {path.parent.parent.parent.name for path in out.rglob("adapter_model.safetensors")}
+    assert written == {name.removeprefix("ablation-") for name in names}
+
+
 def test_errors_name_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["train", str(tmp_path / "none.jsonl"), str(tmp_path / "run")]) == 2
-    assert "there is no corpus" in capsys.readouterr().err
+    assert "there is no file" in capsys.readouterr().err
     corpus = write_corpus(tmp_path / "corpus.jsonl.xz")
     arguments = ["train", str(corpus), str(tmp_path / "run"), "--teacher", "t", "--task", "poetry"]
     assert main(arguments) == 2

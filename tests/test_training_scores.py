@@ -124,3 +124,16 @@ def test_pictures_are_drawn_or_refused(tmp_path: Path) -> None:
         draw_losses({"distillation": []}, tmp_path / "none.png")
     with pytest.raises(ValueError, match="no scores"):
         draw_scores([], tmp_path / "none.png")
+
+
+def test_long_texts_and_who_is_in_them(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    members = evaluation.long_members(300, 8)
+    assert members.shape == (24, 8) and len(np.unique(members)) == members.size
+    assert evaluation.long_members(20, 8).shape == (2, 8)
+    assert evaluation.long_members(5, 8).size == 0
+    queries, documents = pair
+    means = documents[members].mean(1)
+    assert 0.3 < evaluation.member_accuracy(queries, means, members) < 1
+    alone = np.arange(24)[:, None]
+    assert evaluation.member_accuracy(documents, 3 * documents[:24], alone) == 1
+    assert evaluation.member_accuracy(documents, np.roll(documents[:24], 1, 0), alone) == 0

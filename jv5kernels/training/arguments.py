@@ -60,5 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         metavar="S",
         help="begin no pair of these that would end later; default: no end",
     )
+    after.add_argument(
+        "--ablation-only",
+        type=Path,
+        metavar="MODEL",
+        help="train nothing but the ablation, on the backbone of a finished model",
+    )
     after.add_argument("--no-scores", action="store_true", help="do not score the split test")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ABLATION", "ablate", "train"]
 
 # A run of the ablation is shorter than the recipe's: only its two kinds are compared.
-ABLATION_STEPS, ABLATION_BATCH = 100, 768
+ABLATION_STEPS, ABLATION_BATCH = 200, 768
 ABLATION = ("with", "without")
 # Module -> package of the extra; the second kind for the scores alone.
 NEEDED = {
@@ -40,8 +40,12 @@ def train(options: argparse.Namespace, tell: Callable[[str], object] = print) ->
         ValueError: an unknown task, or a corpus without packages to train on, to watch or to score.
     """
     check_packages(NEEDED if options.no_scores else NEEDED | NEEDED_TO_SCORE)
-    if not options.corpus.is_file():
-        raise FileNotFoundError(f"there is no corpus {options.corpus}")
+    needed = [options.corpus]
+    if options.ablation_only is not None:
+        needed += [options.ablation_only / name for name in ("model.safetensors", "tokenizer.json")]
+    for path in needed:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
     from jv5kernels.device import resolve_device
     from jv5kernels.training.corpus import read_packages
     from jv5kernels.training.evaluation import held_out
@@ -55,22 +59,41 @@ def train(options: argparse.Namespace, tell: Callable[[str], object] = print) ->
         held_out(packages)  # refuses a corpus without any before hours of training, not after
     device = resolve_device(options.device).type
     run = Run(options.out, packages, teacher, recipe, device, not options.no_progress, tell)
+    model = options.ablation_only
+    if model is None:
+        model = train_model(run, options.seconds)
+    else:
+        run.take_tokenizer(model)
+        run.prepare()
+        run.use(model)
+    draw(run)
+    ablate(run, options.ablation, options.ablation_seconds)
+    draw(run)
+    if not options.no_scores:
+        write_scores(run, model, packages, teacher, device)
+    return Path(model)
+
+
+def train_model(run: Run, seconds: float | None) -> Path:
+    """Trains backbone and adapters; returns the folder of the finished model."""
     run.prepare()
-    if options.seconds is not None:
-        run.pace(options.seconds)
+    if seconds is not None:
+        run.pace(seconds)
     run.distil()
     run.save_log()
     for task in run.recipe.adapters:
         run.write(task, run.adapt(task))
         run.save_log()
-    tell(f"the model is in {run.model}")
-    ablate(run, options.ablation, options.ablation_seconds)
+    run.tell(f"the model is in {run.model}")
+    return run.model
+
+
+def draw(run: Run) -> None:
+    """Draws what the log has so far, so that an interruption later loses nothing."""
     from jv5kernels.training.pictures import draw_losses
 
-    draw_losses(run.log["history"], options.out / "losses.png")
-    if not options.no_scores:
-        write_scores(run, packages, teacher, device)
-    return run.model
+    if run.log["history"]:
+        draw_losses(run.log["history"], run.folder / "losses.png")
 
 
 def check_packages(needed: Mapping[str, str]) -> None:
@@ -104,33 +127,44 @@ def ablate(run: Run, seeds: int, seconds: float) -> None:
     retrieval = run.recipe.adapters.get("retrieval", RECIPE.adapters["retrieval"])
     without = {name: w for name, w in retrieval.weights.items() if name != "orthogonal"}
     weights = dict(zip(ABLATION, (retrieval.weights, without), strict=True))
+    stage = replace(
+        retrieval,
+        steps=min(retrieval.steps, ABLATION_STEPS),
+        batch=min(retrieval.batch, ABLATION_BATCH),
+    )
     started, longest = time.perf_counter(), 0.0
+    if seeds and seconds < float("inf"):
+        stage = replace(
+            stage, steps=run.steps_within(stage, 0.9 * seconds / (seeds * len(ABLATION)))
+        )
+        started = time.perf_counter()
     for seed in range(1, seeds + 1):
         began = time.perf_counter()
         if began + longest - started > seconds:
             run.tell(f"no time for seed {seed} of the ablation")
             return
         for kind in ABLATION:
-            stage = replace(
-                retrieval,
-                weights=weights[kind],
-                steps=min(retrieval.steps, ABLATION_STEPS),
-                batch=min(retrieval.batch, ABLATION_BATCH),
-            )
             name = f"{kind}-{seed}"
-            tensors = run.adapt("retrieval", stage=stage, seed=seed, name=f"ablation-{name}")
+            of_kind = replace(stage, weights=weights[kind])
+            tensors = run.adapt("retrieval", stage=of_kind, seed=seed, name=f"ablation-{name}")
             write_adapter(run.folder / "ablation" / name, "retrieval", tensors)
             run.save_log()
         longest = max(longest, time.perf_counter() - began)
 
 
-def write_scores(run: Run, packages: Iterable[Package], teacher: str, device: str) -> Path:
-    """Scores everything on the split "test" and writes scores.json and scores.png beside the model."""
+def write_scores(
+    run: Run, model: Path, packages: Iterable[Package], teacher: str, device: str
+) -> Path:
+    """Scores everything on the split "test" and writes scores.json and scores.png to the run's folder."""
     from jv5kernels.training.pictures import draw_scores
     from jv5kernels.training.score_card import score_ablation, score_card
 
-    scores = score_card(run.model, list(packages), teacher, device=device, tell=run.tell)
-    scores += score_ablation(run.model, run.folder / "ablation", list(packages), device=device)
+    scores = score_card(
+        model, list(packages), teacher, device=device, cache=run.folder, tell=run.tell
+    )
+    scores += score_ablation(
+        model, run.folder / "ablation", list(packages), device=device, tell=run.tell
+    )
     path = run.folder / "scores.json"
     path.write_text(json.dumps([vars(score) for score in scores], indent=1) + "\n", "utf-8")
     draw_scores(scores, run.folder / "scores.png")

@@ -27,11 +27,14 @@ __all__ = [
     "clustering_v_measure",
     "form_scores",
     "held_out",
+    "long_members",
+    "member_accuracy",
     "retrieval_ndcg",
     "similarity_spearman",
 ]
 
 CANDIDATES = 100
+LONG_TEXTS = 24
 PERCENTILE = 99.9
 # Sections with fewer packages than this are no clusters.
 SMALLEST_SECTION = 20
@@ -204,6 +207,19 @@ def similarity_spearman(
     left, right, grades = graded_pairs(sections, sources, count=1000)
     cosines = (synopses[left] * descriptions[right]).sum(1)
     return float(spearmanr(cosines, grades).statistic)
+
+
+def long_members(total: int, parts: int, seed: int = 0) -> np.ndarray:
+    """(texts, parts) which packages' descriptions make up each long text: up to LONG_TEXTS, no package in two."""
+    texts = min(LONG_TEXTS, total // parts)
+    return np.random.default_rng(seed).permutation(total)[: texts * parts].reshape(texts, parts)
+
+
+def member_accuracy(queries: np.ndarray, long: np.ndarray, members: np.ndarray) -> float:
+    """Share of the queries of all members whose nearest long text, by cosine, is the one that they are part of."""
+    unit = long / np.maximum(np.linalg.norm(long, axis=1, keepdims=True), 1e-12)
+    nearest = (queries[members.flatten()] @ unit.T).argmax(1)
+    return float((nearest == np.repeat(np.arange(len(members)), members.shape[1])).mean())
 
 
 def in_large_sections(sections: np.ndarray) -> np.ndarray:

@@ -74,7 +74,7 @@ class Objective(nn.Module):
         if "texts" in batch:
             embeddings = self._embed(batch["texts"])
             targets = self.targets[batch["targets"]].float() + batch["topics"]
-            return {"topic": self._distillation(embeddings, targets)}
+            return {"topic": self.distillation(embeddings, targets)}
         return self._class_losses(batch)
 
     def _embed(self, parts: Sequence[Mapping[str, Any]], thinning: float | None = None) -> Tensor:
@@ -86,7 +86,7 @@ class Objective(nn.Module):
     def _nested(self, loss: Callable[..., Tensor], *embeddings: Tensor) -> Tensor:
         return losses.matryoshka(loss, embeddings, self.dims)
 
-    def _distillation(self, embeddings: Tensor, targets: Tensor) -> Tensor:
+    def distillation(self, embeddings: Tensor, targets: Tensor) -> Tensor:
         """A truncated embedding is projected by the first columns of ψ."""
         weight, bias = self.projection.weight, self.projection.bias
 
@@ -104,7 +104,7 @@ class Objective(nn.Module):
         same = keys[: len(queries), None] == keys[None, :]
         weights, parts = self.stage.weights, {}
         if "distill" in weights:
-            parts["distill"] = self._distillation(
+            parts["distill"] = self.distillation(
                 torch.cat([queries, positives]),
                 self.targets[torch.cat([batch["query_targets"], batch["document_targets"]])],
             )
@@ -117,13 +117,13 @@ class Objective(nn.Module):
         if "cosent" in weights:
             parts["cosent"] = self._ranking(queries, positives, batch)
         if "paragraph" in weights and "paragraphs" in batch:
-            parts["paragraph"] = self._distillation(
+            parts["paragraph"] = self.distillation(
                 self._embed(batch["paragraphs"]), self.targets[batch["paragraph_targets"]]
             )
         if "long" in weights:
             # Whole, so that the last positions are seen.
             long = self._embed(batch["long"], thinning=0.0)
-            parts["long"] = self._distillation(long, batch["long_targets"])
+            parts["long"] = self.distillation(long, batch["long_targets"])
         return parts
 
     def _ranking(self, queries: Tensor, documents: Tensor, batch: Mapping[str, Any]) -> Tensor:

@@ -99,7 +99,7 @@ RECIPE = Recipe(
             steps=200,
             batch=1024,
             learning_rate=2e-3,
-            weights={"nce": 1.0, "distill": 2.0, "orthogonal": 4.0},
+            weights={"nce": 1.0, "distill": 2.0, "orthogonal": 30.0},
             hard_negatives=1,
             thinning=0.15,
         ),

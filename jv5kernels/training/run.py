@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +27,7 @@ from jv5kernels.training.student import (
     adapter_tensors,
     embed,
     new_backbone,
+    read_backbone,
     set_rope_theta,
     set_token_embeddings,
     with_adapter,
@@ -36,9 +39,11 @@ from jv5kernels.training.teacher import embed_with_teacher, mine_neighbours
 __all__ = ["Run", "tokenizer_for"]
 
 NEIGHBOURS = 24
+# What ψ of a finished backbone is fitted to, and how long.
+FITTED_TEXTS, FITTING_STEPS = 20_000, 300
 VOCAB_MULTIPLE = 64
 # What optimiser and logging add to forward and backward, and what begins and ends a stage.
-STEP_OVERHEAD, STAGE_OVERHEAD = 1.08, 2.5
+STEP_OVERHEAD, STAGE_OVERHEAD = 1.5, 2.5
 BATCHES = {
     "distillation": "pairs",
     "text-matching": "pairs",
@@ -186,6 +191,42 @@ class Run:
         )
         return self.backbone
 
+    def take_tokenizer(self, model: Path) -> None:
+        """Has `prepare` use the tokenizer of a finished model."""
+        shutil.copyfile(model / "tokenizer.json", self.folder / "tokenizer.json")
+
+    def steps_within(self, stage: Stage, seconds: float) -> int:
+        """How many steps of a retrieval stage, at most its own, end within so many seconds with what ends a stage."""
+        rng = torch.get_rng_state()
+        backbone = with_adapter(copy.deepcopy(self.backbone), "retrieval", self.recipe.lora_rank)
+        batches = Batches(self.source, stage, BATCHES["retrieval"], self.recipe.seed)
+        step, _ = seconds_a_step(self._objective(backbone, stage), batches)
+        torch.set_rng_state(rng)
+        steps = int((seconds - STAGE_OVERHEAD) / (STEP_OVERHEAD * step))
+        self.tell(f"{1000 * step:.1f} ms a step of {stage.batch}: {steps} steps in {seconds:.1f} s")
+        return max(2, min(stage.steps, steps))
+
+    def use(self, model: Path) -> None:
+        """Takes the backbone of a finished model, with a projection ψ fitted to it, in place of `distil`."""
+        self.backbone = read_backbone(self.recipe, model).to(self.device)
+        texts, rng = self.source.texts, np.random.default_rng(self.recipe.seed)
+        rows = np.flatnonzero(texts.english)
+        rows = rng.permutation(rows)[:FITTED_TEXTS]
+        self.backbone.eval()
+        embeddings = torch.from_numpy(self._unit(self.backbone, texts, rows)).to(self.device)
+        targets = self.targets[torch.from_numpy(texts.target[rows].astype(np.int64))]
+        torch.manual_seed(self.recipe.seed)
+        projection = nn.Linear(embeddings.shape[1], targets.shape[1]).to(self.device)
+        fit = torch.optim.Adam(projection.parameters(), lr=1e-2)
+        objective = self._objective(self.backbone, self.recipe.distillation, projection)
+        for _ in range(FITTING_STEPS):
+            loss = objective.distillation(embeddings, targets)
+            fit.zero_grad()
+            loss.backward()
+            fit.step()
+        self.projection = projection
+        self._timed(f"projection fitted to a loss of {loss.item():.3f}")
+
     def _token_vectors(self) -> Tensor:
         """The teacher's embedding of each token's text: where a pre-trained table would be."""
         tokens = range(self.tokenizer.get_vocab_size())
@@ -260,11 +301,10 @@ class Run:
             device=self.device,
             progress=self.progress,
         )
-        trained = self.dev_score(objective.backbone)
+        trained, _ = self.dev_scores(objective.backbone)
         set_rope_theta(self.backbone, self.recipe.inference_theta)
-        scores = self.dev_score(objective.backbone)
+        scores, binary = self.dev_scores(objective.backbone)
         self.log["history"][name] = history
-        binary = self.dev_score(objective.backbone, binary=True)
         self.log["dev"][name] = {
             "ndcg@10": scores,
             "ndcg@10 at the base in training": trained,
@@ -276,18 +316,20 @@ class Run:
             f"{binary:.4f} binary)"
         )
 
-    def dev_score(self, backbone: nn.Module, *, binary: bool = False) -> float:
-        """nDCG@10 of English synopses against all English descriptions of the split "dev", of signs if binary."""
+    def dev_scores(self, backbone: nn.Module) -> tuple[float, float]:
+        """nDCG@10 of English synopses against all English descriptions of the split "dev": of floats, and of signs."""
         backbone.eval()
-        queries, documents = (
-            self._embeddings(backbone, self.dev, kind) for kind in ("query", "description")
-        )
-        if binary:
-            queries, documents = ((x > 0) * 2.0 - 1 for x in (queries, documents))
-        return float(ndcg_at(queries @ documents.T, np.arange(len(queries))).mean())
+        pair = [
+            self._unit(backbone, self.dev, self.dev.by_package(kind, english=True).first())
+            for kind in ("query", "description")
+        ]
+        scores = []
+        for queries, documents in (pair, [(x > 0) * np.float32(2) - 1 for x in pair]):
+            scores.append(float(ndcg_at(queries @ documents.T, np.arange(len(queries))).mean()))
+        return scores[0], scores[1]
 
-    def _embeddings(self, backbone: nn.Module, texts: Texts, kind: str) -> np.ndarray:
-        rows = texts.by_package(kind, english=True).first()
+    def _unit(self, backbone: nn.Module, texts: Texts, rows: np.ndarray) -> np.ndarray:
+        """Unit embeddings of some texts."""
         ids = torch.from_numpy(texts.ids.astype(np.int32)).to(self.device)
         out = []
         for start in range(0, len(rows), 1024):

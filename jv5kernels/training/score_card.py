@@ -14,6 +14,7 @@ import numpy as np
 from jv5kernels.training import evaluation
 from jv5kernels.training.corpus import Package
 from jv5kernels.training.evaluation import FORMS, HeldOut, form_scores, held_out, retrieval_ndcg
+from jv5kernels.training.teacher import embed_with_teacher
 
 if TYPE_CHECKING:
     from jv5kernels.encoder import FastEncoder
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Score", "score_ablation", "score_card"]
 
 ENGLISH = "synopsis to description"
+# About 700 and 6,000 tokens.
+LONG_PARTS = (8, 64)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ def score_card(
     teacher: str,
     *,
     device: str,
+    cache: Path | None = None,
     tell: Callable[[str], object] = print,
 ) -> list[Score]:
     """Returns the scores of a model of this layout, its teacher and BM25 on the split "test".
@@ -49,6 +53,7 @@ def score_card(
         model: folder with the adapters; a score whose adapter is not there is left out.
         teacher: folder or hub id of a Sentence Transformers model.
         device: "cuda" or "cpu".
+        cache: folder to keep the teacher's embeddings in.
     """
     from jv5kernels.encoder import FastEncoder
 
@@ -59,7 +64,7 @@ def score_card(
     lexical = evaluation.bm25_scores(texts.synopses, texts.descriptions)
     scores.append(_score(ENGLISH, "BM25", retrieval_ndcg(lexical), len(lexical)))
     tell("scoring the teacher")
-    scores += _teacher_scores(teacher, texts, device)
+    scores += _teacher_scores(teacher, texts, device, cache)
     tell("scoring the model")
     if "retrieval" in encoder.tasks:
         queries, documents = _embedded(encoder, texts)
@@ -67,6 +72,8 @@ def score_card(
         for dim in sorted(dims, reverse=True):
             scores += _forms("model", queries, documents, dim)
         scores += _foreign(texts, documents, lambda t: encoder.encode_query(t, task="retrieval"))
+        tell("scoring the model on long texts")
+        scores += _long(texts, queries, documents, encoder)
     if "text-matching" in encoder.tasks:
         pair = [
             encoder.encode_document(t, task="text-matching")
@@ -81,7 +88,12 @@ def score_card(
 
 
 def score_ablation(
-    model: Path, folder: Path, packages: Sequence[Package], *, device: str
+    model: Path,
+    folder: Path,
+    packages: Sequence[Package],
+    *,
+    device: str,
+    tell: Callable[[str], object] = print,
 ) -> list[Score]:
     """Returns float and binary scores of every adapter that `command.ablate` wrote; none where there is none."""
     from jv5kernels.encoder import FastEncoder
@@ -89,6 +101,7 @@ def score_ablation(
     scores = []
     texts = held_out(packages)
     for adapter in sorted(folder.glob("*/adapters/retrieval")):
+        tell(f"scoring {adapter.parent.parent.name} of the ablation")
         with tempfile.TemporaryDirectory() as temporary:
             copy = Path(temporary) / "model"
             shutil.copytree(model, copy)
@@ -106,13 +119,10 @@ def _embedded(encoder: FastEncoder, texts: HeldOut) -> tuple[np.ndarray, np.ndar
     return queries, encoder.encode_document(texts.descriptions, task="retrieval")
 
 
-def _teacher_scores(teacher: str, texts: HeldOut, device: str) -> list[Score]:
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(teacher, device=device)
-
+def _teacher_scores(teacher: str, texts: HeldOut, device: str, cache: Path | None) -> list[Score]:
     def embed(chosen: Sequence[str]) -> np.ndarray:
-        return model.encode(list(chosen), normalize_embeddings=True, show_progress_bar=False)
+        found = embed_with_teacher(teacher, chosen, device=device, cache=cache)
+        return found.astype(np.float32)
 
     queries, documents = embed(texts.synopses), embed(texts.descriptions)
     return [
@@ -148,6 +158,25 @@ def _foreign(
         )
         for language, (of, queries) in texts.foreign.items()
     ]
+
+
+def _long(
+    texts: HeldOut, queries: np.ndarray, documents: np.ndarray, encoder: FastEncoder
+) -> list[Score]:
+    """Texts of many descriptions each, as one and as the mean of what its parts give."""
+    scores = []
+    for parts in LONG_PARTS:
+        members = evaluation.long_members(len(queries), parts)
+        if not len(members):
+            continue
+        work = f"which of {len(members)} texts of {parts} descriptions"
+        whole = encoder.encode_document(
+            ["\n".join(texts.descriptions[i] for i in of) for of in members], task="retrieval"
+        )
+        for impl, embeddings in (("model", whole), ("mean of parts", documents[members].mean(1))):
+            value = evaluation.member_accuracy(queries, embeddings, members)
+            scores.append(Score(work, impl, "accuracy", value, "", members.size))
+    return scores
 
 
 def _similarity(impl: str, texts: HeldOut, synopses: np.ndarray, descriptions: np.ndarray) -> Score:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ __all__ = [
     "adapter_tensors",
     "embed",
     "new_backbone",
+    "read_backbone",
     "set_token_embeddings",
     "set_rope_theta",
     "thinned",
@@ -65,6 +66,19 @@ class FusedNorm(nn.RMSNorm):
         with torch.autocast(x.device.type, enabled=False):
             weight = self.weight.to(x.dtype)
             return nn.functional.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+def read_backbone(recipe: Recipe, folder: Path) -> nn.Module:
+    """Returns the backbone of a folder that `write_base` wrote, in float32.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        RuntimeError: weights of other sizes than the recipe's.
+    """
+    weights = load_file(folder / "model.safetensors")
+    backbone = new_backbone(recipe, weights["embed_tokens.weight"].shape[0])
+    backbone.load_state_dict({name: t.float() for name, t in weights.items()})
+    return backbone
 
 
 def set_token_embeddings(backbone: nn.Module, vectors: Tensor) -> None:
@@ -163,7 +177,7 @@ def with_adapter(backbone: nn.Module, task: str, rank: int) -> Any:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             # Autocast chooses the dtype of products; a float32 copy of each input would only be cast back.
-            module.cast_input_dtype_enabled = False
+            setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010 - not declared there
     return model
 
 

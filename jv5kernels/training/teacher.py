@@ -39,9 +39,10 @@ def embed_with_teacher(
 
     Args:
         teacher: folder or hub id of a Sentence Transformers model.
-        cache: folder to keep them in, under a name that depends on the texts and the teacher's name.
+        cache: folder to keep them in, under a name that depends on the texts and the teacher's folder.
     """
-    digest = hashlib.blake2b(f"{Path(teacher).name}/{max_tokens}".encode(), digest_size=8)
+    name = Path(teacher).resolve() if Path(teacher).exists() else teacher
+    digest = hashlib.blake2b(f"{name}/{max_tokens}".encode(), digest_size=8)
     for text in texts:
         digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
     kept = cache / f"teacher-{digest.hexdigest()}.npy" if cache is not None else None
