@@ -1,9 +1,9 @@
 """Puts a trained model into the package as jv5-tiny, with what its card says about the run.
 
-python bench/install_tiny.py RUN --command "jv5kernels train packages.jsonl.xz RUN --seconds 185"
+python bench/install_tiny.py RUN/model RUN/log.json --command "jv5kernels train packages.jsonl.xz RUN --seconds 185"
 
 RUN is the folder of `jv5kernels train`. The model is opened and checked before anything is replaced; the card keeps its
-text, and its tables are written from bench/results/.
+text, and its tables are written from bench/results/. --note says in the card what the command does not.
 """
 
 from __future__ import annotations
@@ -60,11 +60,10 @@ def checked(model: Path) -> Checkpoint:
     return checkpoint
 
 
-def install(run: Path, command: str, target: Path) -> list[dict]:
+def install(model: Path, log: Path, command: str, target: Path, note: str = "") -> list[dict]:
     """Replaces the files in `target` but its card, and returns what the card says about the run."""
-    model = run / "model"
     checkpoint = checked(model)
-    log = json.loads((run / "log.json").read_text("utf-8"))
+    logged = json.loads(log.read_text("utf-8"))
     for old in sorted(target.rglob("*"), reverse=True):
         if old.is_dir():
             old.rmdir()
@@ -76,20 +75,24 @@ def install(run: Path, command: str, target: Path) -> list[dict]:
     return [
         {
             "command": command,
+            "note": note,
             "parameters": sum(math.prod(s) for s in checkpoint.spec.tensor_shapes().values()),
             "bytes": sum((target / name).stat().st_size for name in FILES),
-            "seconds": max(log["seconds"][task] for task in TASKS),
-            "recipe": log["recipe"],
+            "seconds": max(logged["seconds"][task] for task in TASKS),
+            "recipe": logged["recipe"],
         }
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished training run")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the trained model")
+    parser.add_argument("log", type=Path, metavar="LOG", help="log.json of its run")
     parser.add_argument("--command", required=True, help="the command that trained it")
+    parser.add_argument("--note", default="", help="a sentence or two on how the run differed")
     options = parser.parse_args()
-    print(write_records("tiny_recipe", install(options.run, options.command, packaged_folder())))
+    about = install(options.model, options.log, options.command, packaged_folder(), options.note)
+    print(write_records("tiny_recipe", about))
     table.write()
 
 

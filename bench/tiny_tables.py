@@ -11,7 +11,7 @@ __all__ = ["recipe", "scores", "summary"]
 Record = dict[str, Any]
 
 ENGLISH = "synopsis to description"
-FORMS = ("float32", "int8", "binary, rescored", "binary")
+FORMS = ("float32", "int8", "binary", "binary, rescored", "binary, rescored with int8")
 # "model, 384 dimensions, binary, rescored", as `training.score_card` names what it scores.
 FORM = re.compile(r"(?P<who>.+), (?P<dim>\d+) dimensions, (?P<form>.+)")
 FOREIGN = re.compile(rf"(?P<language>\w+) {ENGLISH}")
@@ -31,7 +31,7 @@ def scores(found: list[Record], source: Callable[[list[Record]], str]) -> str:
 
 
 def summary(found: list[Record]) -> str:
-    """nDCG@10 of jv5-tiny at full width in every form, of its teacher and of BM25, English and across languages."""
+    """nDCG@10 of jv5-tiny at full width in every form, of its teacher and of BM25; other languages in a sentence."""
     if not found:
         return NO_SCORES
     forms = _by_form(found)
@@ -41,14 +41,17 @@ def summary(found: list[Record]) -> str:
     rows.append(("its teacher, float32", forms.get(("teacher", teacher, "float32"))))
     plain = {r["impl"]: r["value"] for r in found if r["work"] == ENGLISH}
     rows.append(("BM25", plain.get("BM25")))
-    foreign = _by_language(found)
-    languages = sorted({language for language, _ in foreign})
-    for who in ("model", "teacher"):
-        for language in languages:
-            name = f"{'jv5-tiny' if who == 'model' else 'its teacher'}, {language} to English"
-            rows.append((name, foreign.get((language, who))))
     lines = ["| held-out packages, synopsis → description | nDCG@10 |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {v:.3f} |" for name, v in rows if v is not None])
+    lines += [f"| {name} | {v:.3f} |" for name, v in rows if v is not None]
+    foreign = _by_language(found)
+    pairs = [
+        f"{language} {value:.2f} ({foreign[language, 'teacher']:.2f})"
+        for (language, who), value in foreign.items()
+        if who == "model" and (language, "teacher") in foreign
+    ]
+    if pairs:
+        lines += ["", f"Synopses in other languages (teacher in brackets): {', '.join(pairs)}."]
+    return "\n".join(lines)
 
 
 def recipe(found: list[Record]) -> str:
@@ -63,6 +66,7 @@ def recipe(found: list[Record]) -> str:
         run["command"],
         "```",
         "",
+        *([run["note"], ""] if run["note"] else []),
         f"Seed {plan['seed']}; {run['seconds']:.0f} seconds, data and tokenizer included; "
         f"{run['parameters'] / 1e6:.2f} million parameters in the backbone, {run['bytes'] / 2**20:.1f} MiB of files.",
         "",

@@ -71,7 +71,9 @@ def test_a_run_is_installed_beside_the_card(bench: dict, run: Path, tmp_path: Pa
     (target / "adapters/old").mkdir(parents=True)
     (target / "adapters/old/adapter_model.safetensors").touch()
     (target / "README.md").write_text("the card")
-    (record,) = bench["install"].install(run, "jv5kernels train x", target)
+    (record,) = bench["install"].install(
+        run / "model", run / "log.json", "jv5kernels train x", target, "by hand"
+    )
     held = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     assert held == {*bench["install"].FILES, "README.md"}
     assert (target / "README.md").read_text() == "the card"
@@ -80,6 +82,7 @@ def test_a_run_is_installed_beside_the_card(bench: dict, run: Path, tmp_path: Pa
     assert record["parameters"] == sum(t.numel() for t in installed.weights().values())
     assert record["bytes"] == sum((target / name).stat().st_size for name in held - {"README.md"})
     assert record["seconds"] == 100.5 and record["recipe"] == RECIPE
+    assert record["command"] == "jv5kernels train x" and record["note"] == "by hand"
     for name, tensor in trained.weights().items():
         assert torch.equal(installed.weights()[name], tensor)
 
@@ -93,7 +96,7 @@ def test_what_is_no_jv5_tiny_replaces_nothing(
 
     def refused(kind: type[Exception], message: str) -> None:
         with pytest.raises(kind, match=message):
-            bench["install"].install(run, "x", target)
+            bench["install"].install(run / "model", run / "log.json", "x", target)
         assert (target / "config.json").read_text() == "as it was"
 
     monkeypatch.setattr(bench["install"], "MOST_BYTES", 1000)
@@ -143,10 +146,10 @@ SCORES = [
 def test_scores_of_the_card(bench: dict) -> None:
     text = bench["tables"].scores(SCORES, lambda found: f"\n\n{len(found)} records")
     for line in (
-        "| jv5-tiny | 384 | 0.800 |  | 0.790 |  |",
-        "| jv5-tiny | 64 | 0.700 |  |  |  |",
-        "| teacher | 384 | 0.778 |  |  | 0.701 |",
-        "| BM25 | | 0.787 | | | |",
+        "| jv5-tiny | 384 | 0.800 |  |  | 0.790 |  |",
+        "| jv5-tiny | 64 | 0.700 |  |  |  |  |",
+        "| teacher | 384 | 0.778 |  | 0.701 |  |  |",
+        "| BM25 | | 0.787 | | | | |",
         "| de | 3,694 | 0.610 | 0.470 |",
         "| with | 1 | 0.6000 | 0.5700 | 5.00 % |",
         "| graded pairs | jv5-tiny, text-matching | spearman | 0.660 |",
@@ -164,21 +167,22 @@ def test_scores_of_the_readme(bench: dict) -> None:
         "| jv5-tiny, binary, rescored | 0.790 |",
         "| its teacher, float32 | 0.778 |",
         "| BM25 | 0.787 |",
-        "| jv5-tiny, de to English | 0.610 |",
-        "| its teacher, de to English | 0.470 |",
+        "",
+        "Synopses in other languages (teacher in brackets): de 0.61 (0.47).",
     ]
 
 
 def test_the_recipe_of_the_card(bench: dict) -> None:
     run = {
         "command": "jv5kernels train corpus run --seconds 9",
+        "note": "Cut short.",
         "parameters": 7_056_384,
         "bytes": 2**24,
         "seconds": 100.5,
         "recipe": RECIPE,
     }
     text = bench["tables"].recipe([run])
-    assert "```sh\njv5kernels train corpus run --seconds 9\n```" in text
+    assert "```sh\njv5kernels train corpus run --seconds 9\n```\n\nCut short.\n\nSeed" in text
     assert "Seed 3; 100 seconds" in text and "7.06 million" in text and "16.0 MiB" in text
     assert (
         "| distillation | 7 | 8 | 0.001 | 192 (long: 4096) | 100000 | distill 1, long 0.25 |"
