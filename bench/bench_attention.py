@@ -1,7 +1,13 @@
-"""attention_varlen against torch's cuDNN and flash attention (and flash_attn where installed).
+"""attention_varlen against torch's cuDNN and flash attention (and FlashAttention-2 and -4 where installed).
 
 python bench/bench_attention.py            the shipped configurations, at 32768 tokens a batch
+python bench/bench_attention.py --only "small 64x512" log-normal                some of them
 python bench/bench_attention.py --sweep    candidate launch configurations of the Triton kernel side by side
+
+FlashAttention-4 is pure Python and need not be installed: unpack its wheels into a folder that travels along,
+`pip install --pre --target DIR --no-deps flash-attn-4 nvidia-cutlass-dsl nvidia-cutlass-dsl-libs-base
+nvidia-cutlass-dsl-libs-core nvidia-cutlass-dsl-libs-cu13 quack-kernels apache-tvm-ffi torch-c-dlpack-ext einops`, and
+put that folder on PYTHONPATH. It compiles for some seconds a shape.
 
 What was tried for the Gluon kernel, and what it gave, is in log_attention.md.
 """
@@ -162,6 +168,32 @@ def flash_varlen(problem: Problem) -> Callable[[], torch.Tensor]:
     return lambda: forward(*packed, 0.0, problem.shape.causal, False)[0]
 
 
+def flash_attn_4(problem: Problem) -> Callable[[], torch.Tensor]:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    packed = (problem.q, problem.k, problem.v)
+    bounds, longest = problem.cu_seqlens, max(problem.lengths)
+
+    def call() -> torch.Tensor:
+        found = flash_attn_varlen_func(
+            *packed,
+            cu_seqlens_q=bounds,
+            cu_seqlens_k=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            causal=problem.shape.causal,
+        )
+        return found[0] if isinstance(found, tuple) else found
+
+    return call
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module of a package that may be there in part can be found."""
+    package, _, _ = module.rpartition(".")
+    return find_spec(package) is not None and find_spec(module) is not None
+
+
 def padded(problem: Problem) -> Callable[[], torch.Tensor]:
     """One SDPA call over a padded batch with a mask: what a model without packing does."""
     tensors = problem.q, problem.k, problem.v
@@ -198,8 +230,10 @@ def variants(problem: Problem) -> tuple[dict[str, Callable[[], torch.Tensor]], s
     else:
         calls["cuDNN"] = sdpa(problem, SDPBackend.CUDNN_ATTENTION)
         calls["flash"] = sdpa(problem, SDPBackend.FLASH_ATTENTION)
-    if find_spec("flash_attn") is not None:
+    if is_installed("flash_attn.flash_attn_interface"):
         calls["flash_attn"] = ours(problem, "flash_attn")
+    if is_installed("flash_attn.cute"):
+        calls["flash-attn 4"] = flash_attn_4(problem)
     return calls, "flash varlen" if is_ragged else "cuDNN"
 
 

@@ -1,6 +1,6 @@
 """Text in, vectors out, over texts of mixed lengths: ours against Sentence Transformers at its best batch size.
 
-    python bench/bench_corpus.py        (CUDA: real geometry, bf16; CPU: the demo's model, fp32)
+    python bench/bench_corpus.py        (CUDA: real geometry, bf16; CPU: a small one, fp32)
 
 With --corpus FILE and --tokenizer DIR it takes other texts and the real vocabularies. Both load the same folder, a
 merged checkpoint with random weights. On CUDA the texts have log-normal lengths (median 180 tokens, at most 8192), cut
@@ -15,6 +15,7 @@ import argparse
 import gzip
 import json
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -24,12 +25,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkpoints import add_arguments, real_checkpoint
+from checkpoints import (
+    CPU_GEOMETRY,
+    CPU_NAME,
+    add_arguments,
+    add_corpus_argument,
+    real_checkpoint,
+)
 from gpu_busy import profile
 from harness import record, write_records
 
 from jv5kernels import FastEncoder
-from jv5kernels.commands.demo import GEOMETRY
 from jv5kernels.comparison.stdlib_texts import standard_library_texts
 from jv5kernels.synthetic.checkpoint import write_checkpoint
 
@@ -133,6 +139,7 @@ def bench(
             tokens / mine,
             "1/s",
             device=device,
+            cpu_cores=len(os.sched_getaffinity(0)),
             peer=f"sentence-transformers, batch_size {best}",
             peer_value=tokens / peer_seconds,
             ratio=ratio,
@@ -148,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="JSONL, plain or gzipped")
+    add_corpus_argument(parser)
     add_arguments(parser)
     parser.add_argument("--count", type=int, default=4000, help="texts on CUDA")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each")
@@ -163,16 +170,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         if device == "cpu":
             folder = write_checkpoint(
-                Path(root) / "demo", family="small", layout="merged", geometry=GEOMETRY
+                Path(root) / "cpu", family="small", layout="merged", geometry=CPU_GEOMETRY
             )
             records += bench(
-                folder, sources, "demo model, standard library docstrings", "cpu", arguments.runs
+                folder, sources, f"{CPU_NAME}, stdlib docstrings", "cpu", arguments.runs
             )
         else:
             texts = mixed_lengths(sources, arguments.count)
             for family in arguments.models:
                 folder = real_checkpoint(Path(root), family, arguments.tokenizer)
                 records += bench(folder, texts, f"{family}, mixed lengths", "cuda", arguments.runs)
+                write_records("corpus", records)
+                torch.cuda.empty_cache()
     print(write_records("corpus" if device == "cuda" else "corpus-cpu", records))
 
 

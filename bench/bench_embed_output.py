@@ -3,9 +3,11 @@
 python bench/bench_embed_output.py
 python bench/bench_embed_output.py --sweep    milliseconds of a mean for candidate launch configurations
 
-On CUDA, kernels are replayed from a graph with a cold L2 cache, so that only the device is timed, and
-held against a copy that moves as many bytes, or against a kernel that does nothing. From hidden states
-on the device to bytes in host memory, they are held against Transformers' RMSNorm, Sentence
+On CUDA, kernels are replayed from graphs, so that only the device is timed. Means are held against a copy
+that moves as many bytes. Both are repeated in one graph over several inputs, more than the L2 cache holds:
+alone behind a full cache, a mean would also write back what filled it, while a copy may leave as many of
+its own bytes there. Last tokens are held against a kernel that does nothing, with a cold cache. From
+hidden states on the device to bytes in host memory, they are held against Transformers' RMSNorm, Sentence
 Transformers' pooling and its quantisation, calls and copies included.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -39,13 +41,18 @@ WIDTH = 1024
 PEER = "Transformers + Sentence Transformers"
 COPY = "copy of as many bytes"
 EMPTY = "empty kernel"
+# Inputs that are taken in turn, and calls in one graph.
+INPUTS, REPEATS = 3, 24
+PRECISIONS = ("float32", "ubinary")
 
 
 class Problem:
     """Sequences of equal length with the weight of the final norm."""
 
-    def __init__(self, sequences: int, length: int, dtype: torch.dtype, device: str) -> None:
-        generator = torch.Generator(device).manual_seed(0)
+    def __init__(
+        self, sequences: int, length: int, dtype: torch.dtype, device: str, seed: int = 0
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
         shape = (sequences * length, WIDTH)
         self.hidden = torch.randn(shape, generator=generator, device=device).to(dtype)
         self.weight = torch.rand(WIDTH, generator=generator, device=device).to(dtype)
@@ -98,11 +105,12 @@ def check_bits(bits: torch.Tensor, embeddings: torch.Tensor, limit: float, name:
     assert share <= limit, f"{name}: {share:.1e} of the bits are wrong"
 
 
-def copy_of(total_bytes: int) -> Callable[[], Any]:
-    """A copy on the device that reads and writes so many bytes in all."""
-    source = torch.randint(255, (total_bytes // 2,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+def copies_of(total_bytes: int) -> list[Callable[[], Any]]:
+    """Copies on the device, each of which reads and writes so many bytes in all."""
+    shape = (INPUTS, total_bytes // 2)
+    sources = torch.randint(255, shape, dtype=torch.uint8, device="cuda")
+    targets = torch.empty_like(sources)
+    return [lambda s=s, t=t: t.copy_(s) for s, t in zip(sources, targets, strict=True)]
 
 
 def empty_kernel() -> Callable[[], Any]:
@@ -117,70 +125,82 @@ def empty_kernel() -> Callable[[], Any]:
     return lambda: nothing[(1,)](p)
 
 
-def span_kernels(problem: Problem, spans: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """The two kernels of span means, with the tables that the host makes of the spans made once."""
-    from jv5kernels.kernels.embed_output import FEW_CHUNKS, Target, launch_means
-    from jv5kernels.kernels.pool import CHUNK, launch_chunk_sums
-    from jv5kernels.ops.pool import span_tables
+def span_kernel(problem: Problem, spans: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The kernel of span means, with the table that the host makes of the spans made once."""
+    from jv5kernels.kernels.embed_output import Target, launch_means, partial_sums
+    from jv5kernels.ops.pool import span_table
 
     rows, device = len(spans), problem.hidden.device
-    chunks, table, arrivals = span_tables(spans, device)
-    partials = torch.empty((len(chunks), WIDTH), device=device)
+    table = span_table(spans, device)
+    partials = partial_sums(problem.hidden, len(table))
     out = torch.empty((rows, WIDTH), device=device)
     flags = torch.empty(rows, dtype=torch.uint8, device=device)
     target = Target(out, flags, WIDTH, True, None)
 
-    has_shared_rows = bool((spans[:, 1] - spans[:, 0] > FEW_CHUNKS * CHUNK).any())
-
     def run() -> torch.Tensor:
-        if has_shared_rows:  # The operator sends zeros with its tables.
-            arrivals.zero_()
-        launch_chunk_sums(problem.hidden, None, chunks, True, EPS, partials, arrivals)
-        launch_means(partials, None, table, arrivals, problem.weight, target)
+        launch_means(problem.hidden, None, table, partials, problem.weight, EPS, target)
         return out
 
     return run
 
 
-def device_record(
-    name: str, impl: str, call: Callable, peer: str, peer_call: Callable, moved: int
-) -> dict[str, Any]:
-    """Milliseconds of kernels against those of a peer, both replayed from graphs in turns."""
-    timings = time_interleaved({impl: captured(call), peer: captured(peer_call)}, rounds=5)
-    ours, theirs = timings[impl], timings[peer]
-    return record(
-        name,
-        impl,
-        "ms",
-        ours.p50,
-        "ms",
-        device="cuda",
-        peer=peer,
-        peer_value=theirs.p50,
-        ratio=theirs.p50 / ours.p50,
-        p20=ours.p20,
-        p80=ours.p80,
-        GB_per_s=moved / ours.p50 / 1e6,
+def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """REPEATS calls in one graph, each of the given ones in its turn."""
+    return captured(lambda: [calls[i % len(calls)]() for i in range(REPEATS)])
+
+
+def device_records(
+    calls: dict[str, Sequence[Callable[[], Any]]],
+    peer: str,
+    peer_calls: Sequence[Callable[[], Any]],
+    moved: int,
+) -> list[dict[str, Any]]:
+    """Milliseconds of kernels against those of a peer: repeated over inputs, or of one call where there is one."""
+    capture, repeats = (in_turn, REPEATS) if len(peer_calls) > 1 else (lambda c: captured(c[0]), 1)
+    timings = time_interleaved(
+        {name: capture(c) for name, c in (calls | {peer: peer_calls}).items()}
     )
+    theirs = timings.pop(peer)
+    return [
+        record(
+            name,
+            "triton",
+            "ms",
+            ours.p50 / repeats,
+            "ms",
+            device="cuda",
+            peer=peer,
+            peer_value=theirs.p50 / repeats,
+            ratio=theirs.p50 / ours.p50,
+            p20=ours.p20 / repeats,
+            p80=ours.p80 / repeats,
+            GB_per_s=moved * repeats / ours.p50 / 1e6,
+        )
+        for name, ours in timings.items()
+    ]
 
 
 def error_record(name: str, error: float) -> dict[str, Any]:
     return record(name, "triton", "relative_error", error, "", device="cuda")
 
 
-def mean_records(problem: Problem) -> list[dict[str, Any]]:
+def mean_records(problems: Sequence[Problem]) -> list[dict[str, Any]]:
     """Means: the error against float64, the share of the copy's speed, and the way to bits on the host."""
+    problem = problems[0]
     expected = problem.expected("mean")
     error = relative_error(problem.ours("mean"), expected)
     assert error <= 1e-6, f"mean {problem.name}: relative error {error:.1e}"
     check_bits(problem.ours("mean", "ubinary"), expected, 1e-4, problem.name)
+    calls = {
+        f"mean {problem.name} to {to}": [lambda p=p, to=to: p.ours("mean", to) for p in problems]
+        for to in PRECISIONS
+    }
     moved = problem.hidden.nbytes
-    records = [error_record(f"mean {problem.name}", error)]
-    for precision in ("float32", "ubinary"):
-        name = f"mean {problem.name} to {precision}"
-        call = lambda p=precision: problem.ours("mean", p)  # noqa: E731
-        records.append(device_record(name, "triton", call, COPY, copy_of(moved), moved))
-    return [*records, host_record(problem, "mean")]
+    return [
+        error_record(f"mean {problem.name}", error),
+        *device_records(calls, COPY, copies_of(moved), moved),
+        host_record(problem, "mean"),
+    ]
 
 
 def host_record(problem: Problem, mode: str) -> dict[str, Any]:
@@ -191,7 +211,7 @@ def host_record(problem: Problem, mode: str) -> dict[str, Any]:
     limit = 1e-4 if problem.hidden.dtype == torch.float32 else 1e-2
     check_bits(theirs(), problem.expected(mode), limit, f"{name}, {PEER}")
     calls = {"triton": lambda: problem.ours(mode, "ubinary").cpu(), PEER: theirs}
-    timings = time_interleaved(calls, rounds=5)
+    timings = time_interleaved(calls)
     return record(
         name,
         "triton",
@@ -212,29 +232,24 @@ def token_records(problem: Problem) -> list[dict[str, Any]]:
     error = relative_error(problem.ours("lasttoken"), expected)
     assert error <= 1e-6, f"lasttoken {problem.name}: relative error {error:.1e}"
     check_bits(problem.ours("lasttoken", "ubinary"), expected, 1e-4, problem.name)
+    calls = {
+        f"lasttoken {problem.name} to {to}": [lambda to=to: problem.ours("lasttoken", to)]
+        for to in PRECISIONS
+    }
     moved = problem.sequences * WIDTH * (problem.hidden.element_size() + 4)
-    return [
-        device_record(
-            f"lasttoken {problem.name} to {precision}",
-            "triton",
-            lambda p=precision: problem.ours("lasttoken", p),
-            EMPTY,
-            empty_kernel(),
-            moved,
-        )
-        for precision in ("float32", "ubinary")
-    ]
+    return device_records(calls, EMPTY, [empty_kernel()], moved)
 
 
-def span_records(problem: Problem) -> list[dict[str, Any]]:
+def span_records(problems: Sequence[Problem]) -> list[dict[str, Any]]:
     """Spans that cover one long text, alone and with the whole text beside them."""
+    problem = problems[0]
     total = len(problem.hidden)
     starts = torch.arange(0, total, 180, dtype=torch.int32)
     chunks = torch.stack([starts, (starts + 180).clamp(max=total)], 1)
     whole = torch.tensor([[0, total]], dtype=torch.int32)
     records = []
     for spans, kind in [(chunks, "180 tokens each"), (torch.cat([chunks, whole]), "and the whole")]:
-        run = span_kernels(problem, spans)
+        calls = [span_kernel(p, spans) for p in problems]
         expected = embed_output(
             problem.hidden.double(),
             problem.offsets,
@@ -244,12 +259,12 @@ def span_records(problem: Problem) -> list[dict[str, Any]]:
             eps=EPS,
             impl="torch",
         )[0]
-        error = relative_error(run(), expected)
+        error = relative_error(calls[0](), expected)
         name = f"spans of {problem.name}: {len(chunks)} of {kind}"
         assert error <= 1e-6, f"{name}: relative error {error:.1e}"
         row_bytes = WIDTH * problem.hidden.element_size()
         moved = int((spans[:, 1] - spans[:, 0]).sum()) * row_bytes
-        records.append(device_record(name, "triton", run, COPY, copy_of(moved), moved))
+        records += device_records({name: calls}, COPY, copies_of(moved), moved)
     return records
 
 
@@ -257,33 +272,41 @@ def run_on_cuda() -> None:
     records: list[dict[str, Any]] = []
     for dtype in (torch.float32, torch.bfloat16):
         for sequences in (64, 1):
-            problem = Problem(sequences, 32768 // sequences, dtype, "cuda")
-            records += mean_records(problem) + token_records(problem)
-        records += span_records(problem)
+            problems = [
+                Problem(sequences, 32768 // sequences, dtype, "cuda", seed)
+                for seed in range(INPUTS)
+            ]
+            records += mean_records(problems)
+            if sequences > 1:
+                records += token_records(problems[0])
+        records += span_records(problems)
     print_records(r | {"ratio": r["ratio"] if r["peer"] else None} for r in records)
     print(write_records(NAME, records))
 
 
 def sweep() -> None:
-    """Prints what a mean takes for sizes of chunks and numbers of values that a lane loads at once."""
-    from jv5kernels.kernels import embed_output as second
+    """Prints what a mean takes for sizes of chunks, numbers of warps, and numbers of values that a lane holds."""
+    from jv5kernels.kernels import embed_output as kernels
     from jv5kernels.kernels import pool as first
 
     shapes = [(64, 512), (182, 180), (1, 32768)]
     for dtype in (torch.float32, torch.bfloat16):
-        problems = [Problem(*shape, dtype, "cuda") for shape in shapes]
-        expected = [problem.expected("mean") for problem in problems]
-        for chunk, lane_values in product((32, 64, 128), (32, 64, 128)):
-            first.CHUNK = second.CHUNK = chunk
-            first.LANE_VALUES = lane_values
+        problems = [
+            [Problem(*shape, dtype, "cuda", seed) for seed in range(INPUTS)] for shape in shapes
+        ]
+        expected = [same[0].expected("mean") for same in problems]
+        for chunk, warps, lane_values in product((32, 64, 128), (2, 4, 8), (32, 64, 128)):
+            first.CHUNK, first.LANE_VALUES = chunk, lane_values
+            first.NUM_WARPS = kernels.NUM_WARPS = warps
+            first.reading.cache_clear()
             calls = {}
-            for problem, embeddings in zip(problems, expected, strict=True):
-                error = relative_error(problem.ours("mean"), embeddings)
-                assert error <= 1e-6, f"{problem.name}: relative error {error:.1e}"
-                calls[problem.name] = captured(lambda p=problem: p.ours("mean", "ubinary"))
-            timings = time_interleaved(calls)
-            line = "  ".join(f"{name} {timing.p50:.4f}" for name, timing in timings.items())
-            print(f"chunk {chunk:3} lane values {lane_values:3}  {line}", flush=True)
+            for same, embeddings in zip(problems, expected, strict=True):
+                error = relative_error(same[0].ours("mean"), embeddings)
+                assert error <= 1e-6, f"{same[0].name}: relative error {error:.1e}"
+                calls[same[0].name] = in_turn([lambda p=p: p.ours("mean", "ubinary") for p in same])
+            times = time_interleaved(calls, rounds=1)
+            line = "  ".join(f"{name} {time.p50 / REPEATS:.4f}" for name, time in times.items())
+            print(f"chunk {chunk:3} warps {warps} lane values {lane_values:3}  {line}", flush=True)
 
 
 def works(device: str) -> list[Work]:

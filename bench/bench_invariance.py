@@ -100,7 +100,10 @@ def bench(family: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    print(write_records("invariance", [r for family in ("small", "nano") for r in bench(family)]))
+    records: list[dict[str, Any]] = []
+    for family in ("small", "nano"):
+        records += bench(family)
+        print(write_records("invariance", records), flush=True)
 
 
 if __name__ == "__main__":

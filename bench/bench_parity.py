@@ -99,8 +99,10 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
     device = parser.parse_args().device
     torch.backends.cuda.matmul.allow_tf32 = False
-    records = [r for family in ("small", "nano") for r in compare(family, device)]
-    print(write_records("parity" if device == "cuda" else "parity-cpu", records))
+    records = []
+    for family in ("small", "nano"):
+        records += compare(family, device)
+        print(write_records("parity" if device == "cuda" else "parity-cpu", records), flush=True)
 
 
 if __name__ == "__main__":

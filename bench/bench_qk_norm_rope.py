@@ -16,6 +16,7 @@ from jv5kernels.ops import qk_norm_rope, rope_table
 EPS = 1e-6
 NAME = "qk_norm_rope"
 SEQUENCE = 2048
+FULL_BATCH = 32768
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ NANO = Model("nano", 12, 12, 64, False)
 def works(device: str) -> list[Work]:
     """Both models at one full batch, and on the GPU one short query."""
     if device == "cuda":
-        shapes = [(model, tokens) for model in (SMALL, NANO) for tokens in (32768, 12)]
+        shapes = [(model, tokens) for model in (SMALL, NANO) for tokens in (FULL_BATCH, 12)]
         return [make(model, tokens, torch.bfloat16, device, "triton") for model, tokens in shapes]
     return [make(model, 256, torch.float32, device, "torch") for model in (SMALL, NANO)]
 
@@ -95,6 +96,7 @@ def make(model: Model, tokens: int, dtype: torch.dtype, device: str, ours: str) 
         bytes=2 * heads.numel() * heads.element_size()
         + positions.nbytes
         + min(tokens, SEQUENCE) * table[0].nbytes,
+        memory_bound=tokens >= FULL_BATCH,
     )
 
 

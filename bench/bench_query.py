@@ -167,6 +167,7 @@ def main() -> None:
         for family in arguments.models:
             folder = real_checkpoint(Path(root), family, arguments.tokenizer)
             records += bench(family, folder, arguments.kernels, arguments.runs)
+            write_records("query", records)
             torch.cuda.empty_cache()
     print(write_records("query", records))
 

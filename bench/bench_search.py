@@ -107,21 +107,21 @@ def recall(exact: np.ndarray, found: np.ndarray) -> float:
 
 
 def main() -> None:
-    from jv5kernels.commands.demo import demo_checkpoint, documents_for
+    from jv5kernels.commands.demo import documents_for
     from jv5kernels.comparison.stdlib_texts import standard_library_texts
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="default: the demo's checkpoint, of random weights")
+    parser.add_argument("--model", default="jv5-tiny", help="default: jv5-tiny")
     parser.add_argument("--dim", type=int, help="dimensions; default: the model's")
     options = parser.parse_args()
-    encoder = FastEncoder(options.model or demo_checkpoint(), truncate_dim=options.dim)
+    encoder = FastEncoder(options.model, truncate_dim=options.dim)
     if encoder.tasks:
         encoder.task = "retrieval"
     documents = [d.text for d in documents_for(encoder, standard_library_texts(1000, 20))]
     queries = documents[::4]
     exact = exact_neighbours(encoder, documents, queries)
     dim = encoder.get_sentence_embedding_dimension()
-    name = options.model or "demo model (random weights)"
+    name = options.model
     plain = recall(exact, by_bits_alone(encoder, documents, queries))
     records = []
     for example in EXAMPLES:

@@ -2,8 +2,8 @@
 
     python bench/bench_short_layer.py [--sweep] [--tokens 12]            (needs a CUDA GPU)
 
-The peer is what the usual layer loop takes for the same step: cuBLAS and a kernel each for norm and activation. --sweep
-also times other tiles.
+The peer is what the usual layer loop takes for the same step: cuBLAS, and a kernel of its own for the activation.
+--sweep also times other tiles.
 """
 
 from __future__ import annotations
@@ -27,30 +27,27 @@ from jv5kernels.ops import (
     rope_table,
     short_attention,
     short_linear,
+    short_norm,
     swiglu,
 )
 
 LAYERS = 28
 EPS = 1e-6
-# name: (columns, inner, norm, SwiGLU)
+# name: (columns, inner, SwiGLU)
 PROJECTIONS = {
-    "small qkv": (4096, 1024, True, False),
-    "small o": (1024, 2048, False, False),
-    "small gate_up": (3072, 1024, True, True),
-    "small down": (1024, 3072, False, False),
-    "nano qkv": (2304, 768, True, False),
-    "nano o": (768, 768, False, False),
-    "nano gate_up": (3072, 768, True, True),
-    "nano down": (768, 3072, False, False),
+    "small qkv": (4096, 1024, False),
+    "small o": (1024, 2048, False),
+    "small gate_up": (3072, 1024, True),
+    "small down": (1024, 3072, False),
+    "nano qkv": (2304, 768, False),
+    "nano o": (768, 768, False),
+    "nano gate_up": (3072, 768, True),
+    "nano down": (768, 3072, False),
 }
+NORMS = {"small norm": 1024, "nano norm": 768}
 # name: (heads, kv heads, head_dim, causal)
 ATTENTIONS = {"small attention": (16, 8, 128, True), "nano attention": (12, 12, 64, False)}
-SWEEP = {
-    "BN": (8, 16, 32, 64),
-    "BK": (64, 128, 256, 512),
-    "stages": (3, 4, 6, 8),
-    "warps": (2, 4, 8),
-}
+SWEEP = {"BN": (8, 16, 32), "num_warps": (4, 8, 16), "max_BK": (256, 512, 1024, 2048)}
 TOLERANCE = 1e-2
 Step = Callable[[int], torch.Tensor]
 
@@ -74,28 +71,34 @@ def microseconds(step: Step, replays: int = 20) -> float:
 
 
 def projection_steps(
-    columns: int, inner: int, has_norm: bool, is_swiglu: bool, tokens: int
+    columns: int, inner: int, is_swiglu: bool, tokens: int
 ) -> tuple[Step, Step, int]:
     """Ours, the peer's, and the bytes of one weight."""
     like: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
     rows = columns * (1 + is_swiglu)
     weights = [torch.randn(rows, inner, **like) / inner**0.5 for _ in range(LAYERS)]
-    y, norm = torch.randn(tokens, inner, **like), torch.rand(inner, **like)
-    x = torch.randn(tokens, inner, device="cuda") if has_norm else y
+    x = torch.randn(tokens, inner, **like)
 
     def ours(layer: int) -> torch.Tensor:
-        if not has_norm:
-            return short_linear(y, weights[layer])[0]
-        return short_linear(x, weights[layer], y=y, norm_weight=norm, eps=EPS, is_swiglu=is_swiglu)[
-            0
-        ]
+        return short_linear(x, weights[layer], is_swiglu=is_swiglu)
 
     def peer(layer: int) -> torch.Tensor:
-        rows = add_rms_norm(y, x, norm, EPS)[0] if has_norm else y
-        out = linear(rows, weights[layer])
+        out = linear(x, weights[layer])
         return swiglu(out) if is_swiglu else out
 
     return ours, peer, weights[0].nbytes
+
+
+def norm_steps(inner: int, tokens: int) -> tuple[Step, Step, int]:
+    """As above; what a norm reads and writes."""
+    like: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+    x = torch.randn(tokens, inner, device="cuda")
+    y, weight = torch.randn(tokens, inner, **like), torch.rand(inner, **like)
+    return (
+        lambda _: short_norm(x, y, weight, EPS)[0],
+        lambda _: add_rms_norm(y, x, weight, EPS)[0],
+        2 * x.nbytes + 2 * y.nbytes,
+    )
 
 
 def attention_steps(
@@ -126,25 +129,21 @@ def attention_steps(
 
 def sweep(name: str, step: Step) -> None:
     """Prints the best tiles of a projection."""
-    columns, inner, has_norm, _ = PROJECTIONS[name]
+    columns, inner, is_swiglu = PROJECTIONS[name]
     found = []
-    for bn, bk, stages, warps in itertools.product(*SWEEP.values()):
-        if inner % bk or columns % bn or bk * stages > 2048:
+    for values in itertools.product(*SWEEP.values()):
+        config = short_layer.Config(*values)
+        step_of = min(config.max_BK, inner & -inner)
+        registers = config.BN * (1 + is_swiglu) * inner // (64 * config.num_warps)
+        if registers > 160 or step_of // config.num_warps < 16 or step_of < config.max_BK // 2:
             continue
-        with (
-            patch.object(short_layer, "columns_of_tile", lambda n, bn=bn: bn),
-            patch.dict(short_layer.STEPS, {(has_norm, 16): (bk, stages)}),
-            patch.dict(short_layer.LINEAR_WARPS, {16: warps}),
-        ):
+        with patch.dict(short_layer.CONFIGS, dict.fromkeys(short_layer.CONFIGS, config)):
             try:
-                found.append((microseconds(step, 5), bn, bk, stages, warps))
+                found.append((microseconds(step, 5), str(config)))
             except OutOfResources:
                 continue
-    for time_us, bn, bk, stages, warps in sorted(found)[:5]:
-        print(
-            f"  {name:14} {time_us:6.2f} us  BN {bn} BK {bk} stages {stages} warps {warps}",
-            flush=True,
-        )
+    for time_us, config_name in sorted(found)[:5]:
+        print(f"  {name:14} {time_us:6.2f} us  {config_name}", flush=True)
 
 
 @torch.inference_mode()
@@ -156,10 +155,11 @@ def main() -> None:
     copy = time_interleaved(copy_bandwidth_work().variants, rounds=1)["copy"].p50
     bandwidth = copy_bandwidth_work().bytes / copy / 1e6
     steps = {n: projection_steps(*shape, arguments.tokens) for n, shape in PROJECTIONS.items()}
+    steps |= {n: norm_steps(inner, arguments.tokens) for n, inner in NORMS.items()}
     steps |= {n: attention_steps(*shape, arguments.tokens) for n, shape in ATTENTIONS.items()}
     records = []
     for name, (ours, peer, size) in steps.items():
-        error = relative_error(ours(0), peer(0).double()) if name in PROJECTIONS else 0.0
+        error = relative_error(ours(0), peer(0).double()) if name not in ATTENTIONS else 0.0
         assert error <= TOLERANCE, f"{name}: relative error {error}"
         mine, theirs = microseconds(ours), microseconds(peer)
         rate = size / mine / 1e3
@@ -182,6 +182,7 @@ def main() -> None:
                 copy_GB_per_s=bandwidth,
             )
         )
+        write_records("short_layer", records)
     if arguments.sweep is not None:
         for name in arguments.sweep or PROJECTIONS:
             sweep(name, steps[name][0])

@@ -30,6 +30,7 @@ import jv5kernels
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 3
 ROUND_MS = 60
+SAME_SIZE_COPY = "copy of as many bytes"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Work:
         flops: floating-point operations that must be done.
         peer: label of the variant that ratios are taken against.
         sample: what of an output the reference gives, where all of it would be too much.
+        memory_bound: whether a copy that moves `bytes` is timed beside it on CUDA: its ceiling.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Work:
     flops: int = 0
     peer: str = "torch"
     sample: Callable[[torch.Tensor], torch.Tensor] = lambda out: out
+    memory_bound: bool = False
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
@@ -191,7 +194,10 @@ def record(
 
 
 def write_records(name: str, records: list[dict[str, Any]]) -> Path:
-    """Writes bench/results/<name>.json (to a temporary name, then renamed); BENCH_RESULTS moves the folder."""
+    """Writes bench/results/<name>.json (to a temporary name, then renamed); BENCH_RESULTS moves the folder.
+
+    Benches call it whenever a few rows are done, so that a run that is cut short leaves those.
+    """
     folder = Path(os.environ.get("BENCH_RESULTS", RESULTS))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
@@ -202,8 +208,11 @@ def write_records(name: str, records: list[dict[str, Any]]) -> Path:
 
 
 def operator_records(work: Work, timings: dict[str, Timing], device: str) -> list[dict[str, Any]]:
-    """The records of one work: milliseconds of every variant, with its rates and its ratio to the peer."""
-    peer = timings[work.peer]
+    """The records of one work: milliseconds of every variant, with its rates and its ratio to the peer.
+
+    `share_of_copy`: the time of a copy of as many bytes, over the variant's own.
+    """
+    peer, copy = timings[work.peer], timings.get(SAME_SIZE_COPY)
     return [
         record(
             work.name,
@@ -219,6 +228,7 @@ def operator_records(work: Work, timings: dict[str, Timing], device: str) -> lis
             p80=timing.p80,
             GB_per_s=work.bytes / timing.p50 / 1e6,
             TFLOP_per_s=work.flops / timing.p50 / 1e9,
+            **({} if copy is None else {"share_of_copy": copy.p50 / timing.p50}),
         )
         for label, timing in timings.items()
     ]
@@ -229,7 +239,19 @@ def print_records(records: Iterable[dict[str, Any]]) -> None:
     for r in records:
         rates = f"{r.get('GB_per_s', 0):9.1f} GB/s {r.get('TFLOP_per_s', 0):8.2f} TFLOP/s"
         ratio = "" if r["ratio"] is None else f"{r['ratio']:6.2f}x {r['peer']}"
-        print(f"{r['work']:44} {r['impl']:16} {r['value']:10.4f} {r['unit']} {rates} {ratio}")
+        if "share_of_copy" in r:
+            ratio += f", {100 * r['share_of_copy']:.0f} % of a copy's speed"
+        print(
+            f"{r['work']:44} {r['impl']:16} {r['value']:10.4f} {r['unit']} {rates} {ratio}",
+            flush=True,
+        )
+
+
+def same_size_copy(nbytes: int) -> Callable[[], torch.Tensor]:
+    """A copy on the device that moves `nbytes`, half of them in and half out."""
+    source = torch.zeros(nbytes // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def copy_bandwidth_work(megabytes: int = 256) -> Work:
@@ -249,9 +271,12 @@ def run(name: str, works: Iterable[Work]) -> Path:
             gate(work, label, reference)
         del reference
         calls = {label: captured(call) for label, call in work.variants.items()}
+        if work.memory_bound:
+            calls[SAME_SIZE_COPY] = captured(same_size_copy(work.bytes))
         lines = operator_records(work, time_interleaved(calls), "cuda")
         print_records(lines)
         records += lines
+        write_records(name, records)
     return write_records(name, records)
 
 
@@ -260,8 +285,17 @@ def main(name: str, works: Callable[[str], list[Work]], file: str) -> None:
     parser = argparse.ArgumentParser(description=f"Benchmark of {name}")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
-    if parser.parse_args().device == "cuda":
-        print(run(name, [copy_bandwidth_work(), *works("cuda")]))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="TEXT",
+        default=[""],
+        help="on CUDA, works with one of these in the name",
+    )
+    arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        chosen = [w for w in works("cuda") if any(text in w.name for text in arguments.only)]
+        print(run(name, [copy_bandwidth_work(), *chosen]))
         return
     import pytest
 

@@ -75,7 +75,8 @@ def draw_series(axes: Any, series: Series, title: str, unit: str, scale: float) 
         axes.plot(
             x,
             [value / scale for value in y],
-            marker="o",
+            marker="o" if len(x) > 1 else "D",
+            linestyle="-" if len(x) > 1 else "none",
             linewidth=2.4 if ours else 1.5,
             color=color,
             zorder=3 if ours else 2,
@@ -85,7 +86,7 @@ def draw_series(axes: Any, series: Series, title: str, unit: str, scale: float) 
     lengths = sorted({x for points in series.values() for x, _ in points})
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("tokens a text (32768 tokens a batch)")
     axes.set_ylabel(unit)
@@ -96,9 +97,10 @@ def draw_series(axes: Any, series: Series, title: str, unit: str, scale: float) 
 
 def source(names: Sequence[str]) -> str:
     """Where the drawn records come from."""
-    found = [r for name in names for r in records(name)]
-    seen = sorted({f"{r['device']}, torch {r['torch']}, commit {r['commit']}" for r in found})
-    return "; ".join(seen)
+    commits: dict[str, set[str]] = {}
+    for r in (r for name in names for r in records(name)):
+        commits.setdefault(f"{r['device']}, torch {r['torch']}", set()).add(r["commit"])
+    return "; ".join(f"{where}, commit {', '.join(sorted(c))}" for where, c in commits.items())
 
 
 def throughput(path: Path) -> None:
@@ -115,14 +117,15 @@ def throughput(path: Path) -> None:
 
 
 def roofline_shares() -> list[tuple[str, float, str]]:
-    """(kernel, share, of what): bandwidth of a copy in the same run, or the device's matrix peak."""
+    """(kernel, share, of what): a copy's speed in the same run, of as many bytes where timed; the matrix peak."""
     shares = []
     for name in MEMORY_BOUND:
         found = records(name)
         copy = next((r["GB_per_s"] for r in found if r["work"] == "copy"), None)
         for r in found:
             if copy and is_ours(r["impl"]) and "32768" in r["work"]:
-                shares.append((r["work"], r["GB_per_s"] / copy, "of a copy's bandwidth"))
+                share = r.get("share_of_copy", r["GB_per_s"] / copy)
+                shares.append((r["work"], share, "of a copy's bandwidth"))
     seen = set()
     for r in records("attention"):
         peak = PEAK_TFLOPS.get(r["device"])
@@ -150,6 +153,10 @@ def roofline(path: Path) -> None:
     labels = [work.replace("bfloat16", "").strip() for work, _, _ in shares]
     axes.set_yticks(range(len(shares)), labels, fontsize=8)
     axes.set_xlim(0, 110)
+    axes.margins(y=0.01)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
     axes.set_xlabel("%")
     axes.set_title("share of the roofline", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)

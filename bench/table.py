@@ -1,7 +1,7 @@
-"""Writes the tables of README.md from bench/results/*.json, between the marker comments of each table.
+"""Writes the tables of README.md and of jv5-tiny's model card from bench/results/*.json, between marker comments.
 
-python bench/table.py            rewrite README.md
-python bench/table.py --check    exit code 1 when README.md does not say what the results say
+python bench/table.py            rewrite both
+python bench/table.py --check    exit code 1 when one of them does not say what the results say
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import tiny_tables
 from harness import RESULTS
 
-README = RESULTS.parent.parent / "README.md"
+ROOT = RESULTS.parent.parent
+README = ROOT / "README.md"
+CARD = ROOT / "jv5kernels/models/jv5-tiny/README.md"
 
 
 def records(name: str) -> list[dict[str, Any]]:
@@ -189,31 +194,45 @@ TABLES = {
     "invariance": invariance_table,
     "profiles": profiles_table,
     "search": search_table,
+    "tiny": lambda: tiny_tables.summary(records("tiny")),
 }
+CARD_TABLES = {
+    "recipe": lambda: tiny_tables.recipe(records("tiny_recipe")),
+    "scores": lambda: tiny_tables.scores(records("tiny"), source),
+}
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {README: TABLES, CARD: CARD_TABLES}
 
 
-def filled(text: str) -> str:
-    """README text with every marked table made anew."""
-    for name, table in TABLES.items():
+def filled(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
+    """A page's text with every marked table made anew."""
+    for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         content = table().replace("\\", r"\\") + "\n"
         text, count = re.subn(pattern, rf"\g<1>{content}\g<2>", text, flags=re.S)
-        assert count == 1, f"README.md must hold the markers of the table {name!r} once"
+        assert count == 1, f"the page must hold the markers of the table {name!r} once"
     return text
+
+
+def write(check: bool = False) -> list[str]:
+    """Fills every page, or with `check` only looks; returns the pages that differed."""
+    differing = []
+    for page, tables in PAGES.items():
+        text = page.read_text("utf-8")
+        new = filled(text, tables)
+        if new != text:
+            differing.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(new, "utf-8")
+    return differing
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    text = README.read_text()
-    new = filled(text)
-    if parser.parse_args().check:
-        sys.exit(
-            f"{README.name} differs from bench/results: run python bench/table.py"
-            if new != text
-            else 0
-        )
-    README.write_text(new)
+    check = parser.parse_args().check
+    differing = write(check)
+    if check and differing:
+        sys.exit(f"{', '.join(differing)} differ from bench/results: run python bench/table.py")
 
 
 if __name__ == "__main__":

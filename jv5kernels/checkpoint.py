@@ -1,4 +1,4 @@
-"""Checkpoints: a hub id or a folder, opened without running any code that comes with it.
+"""Checkpoints: a hub id, a folder or the packaged model, opened without running any code that comes with it.
 
 Three layouts are read: the base repositories of jina-embeddings-v5-text (model_type jina_embeddings_v5, LoRA adapters
 in adapters/<task>/), their merged siblings (plain Qwen3 or EuroBERT with the files of Sentence Transformers), and other
@@ -20,6 +20,7 @@ from torch import Tensor
 from jv5kernels.adapters import LoraAdapter, adapter_files, read_adapter
 from jv5kernels.encoding_settings import read_json, read_settings
 from jv5kernels.model_spec import ModelSpec
+from jv5kernels.packaged import PACKAGED, find_packaged, packaged_folder
 from jv5kernels.tensor_files import (
     StoredTensor,
     backbone_tensors,
@@ -54,7 +55,7 @@ class Checkpoint:
 
     Args:
         folder: where the files are.
-        source: hub id or folder as it was given.
+        source: hub id or folder as it was given; "jv5-tiny" for the packaged model.
         revision: commit of the files, when known.
         spec: the architecture.
         pooling: "lasttoken", "mean" or "cls"; None when no file states it, then the caller has to choose.
@@ -126,16 +127,18 @@ def open_checkpoint(
     """Opens a checkpoint and checks that it is complete.
 
     Args:
-        model: a folder, or a hub id such as "jinaai/jina-embeddings-v5-text-small".
+        model: "jv5-tiny" for the model that comes with the package, a folder, or a hub id such as
+            "jinaai/jina-embeddings-v5-text-small".
         revision: branch, tag or commit of a hub id; resolved once, every file comes from the same commit.
         token, cache_dir, local_files_only: as in huggingface_hub.
 
     Raises:
         FileNotFoundError: the folder, or a file in it, is missing; named in the message.
-        ValueError: missing, unexpected or misshapen tensors, or a setting that is not supported.
+        ValueError: missing, unexpected or misshapen tensors, or a setting that is not supported; an option of a hub
+            with a model that is not on one; "jv5-tiny" where a folder of that name could be meant.
 
     Example:
-        >>> open_checkpoint("jinaai/jina-embeddings-v5-text-small").tasks
+        >>> open_checkpoint("jv5-tiny").tasks
         ('retrieval', 'text-matching', 'clustering', 'classification')
     """
     folder, commit = _locate(
@@ -155,7 +158,7 @@ def open_checkpoint(
     settings = read_settings(folder, config, spec.max_position_embeddings)
     return Checkpoint(
         folder=folder,
-        source=str(model),
+        source=PACKAGED if folder.resolve() == packaged_folder().resolve() else str(model),
         revision=commit,
         spec=spec,
         pooling=settings.pooling,
@@ -172,6 +175,11 @@ def open_checkpoint(
 
 def _locate(model: str | Path, *, revision: str | None, **hub: Any) -> tuple[Path, str | None]:
     """The folder with the files, and their commit when it is known."""
+    packaged = find_packaged(
+        model, revision=revision, token=hub["token"], cache_dir=hub["cache_dir"]
+    )
+    if packaged is not None:
+        return packaged, None
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:

@@ -155,14 +155,14 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from jv5kernels.commands.demo import TASK, demo_checkpoint, documents_for
+    from jv5kernels.commands.demo import TASK, documents_for
     from jv5kernels.commands.quickbench import compare, render, shown
     from jv5kernels.comparison.stdlib_texts import standard_library_texts
     from jv5kernels.encoder import FastEncoder
+    from jv5kernels.packaged import packaged_folder
 
     with _status("opening the model") as tell:
-        model = options.model or str(demo_checkpoint())
-        encoder = FastEncoder(model, **_encoder_options(options))
+        encoder = FastEncoder(options.model or packaged_folder(), **_encoder_options(options))
         task = options.task or (TASK if TASK in encoder.tasks else None)
         documents = documents_for(encoder, standard_library_texts())
         prompt = encoder.prompts.get("document", "")
@@ -180,7 +180,7 @@ def _bench(options: argparse.Namespace) -> int:
             f"{comparison.dtype} on {comparison.device}",
             render(comparison) if comparison.agrees else "",
         )
-    _write_json(options.json, {"model": model, **comparison.to_dict()})
+    _write_json(options.json, {"model": encoder.checkpoint.source, **comparison.to_dict()})
     if not comparison.agrees:
         worst = min(result.cosine_min for result in comparison.results)
         return _say(
@@ -202,18 +202,19 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from jv5kernels.commands.demo import QUERY, render, run
+    from jv5kernels.commands.demo import render, run
 
     with _status("starting") as tell:
         demo = run(
             options.model,
-            query=options.query or QUERY,
-            text_file=options.text_file,
+            inputs=options.inputs,
+            reading={"input_format": options.input_format, "key": options.key},
+            queries=options.query or (),
             encoder_options=_encoder_options(options),
             tell=tell,
         )
     _print(render(demo))
-    return 0 if demo.comparison.agrees else 1
+    return 0 if demo.agrees else 1
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -48,9 +48,9 @@ class FastEncoder:
     """Encodes texts with a jina-embeddings-v5-text checkpoint, or any Qwen3 or EuroBERT embedding checkpoint.
 
     Args:
-        model: a hub id, a folder with the checkpoint's files, or a live model: a SentenceTransformer, the v5 remote
-            class, a PeftModel, a Qwen3Model or EuroBertModel. A live model's weights are copied as they are now;
-            `patch` speeds up a live model without a copy.
+        model: "jv5-tiny" for the model that comes with the package, a hub id, a folder with the checkpoint's files, or
+            a live model: a SentenceTransformer, the v5 remote class, a PeftModel, a Qwen3Model or EuroBertModel. A
+            live model's weights are copied as they are now; `patch` speeds it up without a copy.
         task: adapter to use when a call names none (base repositories: "retrieval", "text-matching", "clustering",
             "classification"); the call must name one if it is None.
         tokenizer: for a live model that carries none: a fast tokenizer, or the path of a tokenizer.json.
@@ -73,9 +73,9 @@ class FastEncoder:
         TypeError, ValueError: an argument, or something in the checkpoint, that is not supported; named in the message.
 
     Example:
-        >>> encoder = FastEncoder("jinaai/jina-embeddings-v5-text-small", task="retrieval")
+        >>> encoder = FastEncoder("jv5-tiny", task="retrieval")
         >>> encoder.encode(["what is a kernel?"], prompt_name="query").shape
-        (1, 1024)
+        (1, 384)
     """
 
     def __init__(

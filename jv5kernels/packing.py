@@ -67,44 +67,15 @@ def plan_batches(
         raise ValueError(f"batch_size must be at least 1, not {max_rows}")
     lengths = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
-    batches, start, tokens = [], 0, 0
-    for end, row in enumerate(order):
-        full = tokens + lengths[row] > token_budget or end - start == max_rows
-        if end > start and full:
-            batches.append(order[start:end])
-            start, tokens = end, 0
-        tokens += lengths[row]
-    if start < len(order):
-        batches.append(order[start:])
+    ends = np.cumsum(lengths[order])
+    batches, start, before = [], 0, 0
+    while start < len(order):
+        end = max(start + 1, int(np.searchsorted(ends, before + token_budget, side="right")))
+        if max_rows is not None:
+            end = min(end, start + max_rows)
+        batches.append(order[start:end])
+        start, before = end, ends[end - 1]
     return batches
-
-
-@dataclass(frozen=True)
-class HostBatch:
-    """A packed batch that waits on the host, in one int32 buffer (pinned where it will go to a GPU).
-
-    Args:
-        buffer: input_ids, positions and cu_seqlens, each from a multiple of 16 bytes on.
-        tokens, max_seqlen: tokens in all, and of the longest sequence.
-        rows: (B,) as in `PackedBatch`.
-    """
-
-    buffer: Tensor
-    tokens: int
-    max_seqlen: int
-    rows: np.ndarray
-
-    def to(self, device: torch.device) -> PackedBatch:
-        """Copies the batch to the device in one transfer, which is asynchronous on CUDA."""
-        moved = self.buffer.to(device, non_blocking=True)
-        second, third = _starts(self.tokens)
-        return PackedBatch(
-            input_ids=moved[: self.tokens],
-            positions=moved[second : second + self.tokens],
-            cu_seqlens=moved[third : third + len(self.rows) + 1],
-            max_seqlen=self.max_seqlen,
-            rows=self.rows,
-        )
 
 
 def pack(
@@ -112,39 +83,39 @@ def pack(
 ) -> PackedBatch:
     """Packs ``sequences[row]`` for every row, in that order, and copies them to the device in one transfer.
 
+    The copy is asynchronous on CUDA, from page-locked memory. That comes from torch's cache of it, so a run allocates
+    a handful of buffers and then uses them again.
+
     Args:
         sequences: token ids, one int32 array a text.
         rows: (B,) indices into `sequences`.
     """
     target = torch.device(device)
-    return pack_on_host([sequences[row] for row in rows], rows, pin=target.type == "cuda").to(
-        target
-    )
-
-
-def pack_on_host(sequences: Sequence[np.ndarray], rows: np.ndarray, *, pin: bool) -> HostBatch:
-    """Packs all sequences, of which `rows` gives the numbers; nothing touches a device.
-
-    Args:
-        pin: whether the buffer is page-locked. Such memory comes from torch's cache of it, so a run allocates a
-            handful of buffers and then uses them again.
-    """
-    lengths = np.fromiter(map(len, sequences), dtype=np.int32, count=len(sequences))
-    if len(sequences) and lengths.min() < 1:
+    chosen = [sequences[row] for row in rows]
+    lengths = np.fromiter(map(len, chosen), dtype=np.int32, count=len(chosen))
+    if len(chosen) and lengths.min() < 1:
         raise ValueError(f"sequence {rows[lengths.argmin()]} has no tokens")
     total = int(lengths.sum())
     second, third = _starts(total)
-    buffer = torch.empty(third + len(lengths) + 1, dtype=torch.int32, pin_memory=pin)
+    size = third + len(lengths) + 1
+    buffer = torch.empty(size, dtype=torch.int32, pin_memory=target.type == "cuda")
     # Through numpy: a copy with torch would record an event for pinned memory.
     array = buffer.numpy()
     cu_seqlens = array[third:]
     cu_seqlens[0] = 0
     np.cumsum(lengths, out=cu_seqlens[1:])
-    if len(sequences):
-        np.concatenate(sequences, out=array[:total])
+    if len(chosen):
+        np.concatenate(chosen, out=array[:total])
     array[second : second + total] = np.arange(total, dtype=np.int32)
     array[second : second + total] -= np.repeat(cu_seqlens[:-1], lengths)
-    return HostBatch(buffer, total, int(lengths.max(initial=0)), np.asarray(rows))
+    moved = buffer.to(target, non_blocking=True)
+    return PackedBatch(
+        input_ids=moved[:total],
+        positions=moved[second : second + total],
+        cu_seqlens=moved[third:],
+        max_seqlen=int(lengths.max(initial=0)),
+        rows=np.asarray(rows),
+    )
 
 
 def _starts(tokens: int) -> tuple[int, int]:

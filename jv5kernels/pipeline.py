@@ -1,6 +1,6 @@
 """The run of a corpus: tokenising ahead, packing, computing and copying out, each in step with the others.
 
-While the device computes batch n, a thread tokenises and packs later batches and the results of batch n-1 are copied
+While the device computes batch n, threads tokenise the texts of later batches and the results of batch n-1 are copied
 to the host. Texts are taken longest first (by characters, which is known without tokenising), so batches are filled
 with neighbours in length and the batch that needs the most memory comes first. A few short texts pass without a thread,
 and where the device has recordings for batches of their size, through one of those.
@@ -9,10 +9,11 @@ and where the device has recordings for batches of their size, through one of th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -21,13 +22,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from jv5kernels.packing import HostBatch, PackedBatch, pack, pack_on_host, plan_batches, split
+from jv5kernels.packing import PackedBatch, pack, plan_batches, split
 from jv5kernels.tokenization import Tokenization
 
-# Characters that are tokenised at once, by window: the first is about one batch, so that the device starts soon, and
-# the last about a quarter of a million tokens, so that the thread stays well ahead of it.
-WINDOW_CHARACTERS = (1 << 17, 1 << 18, 1 << 19, 1 << 20)
-# Up to here a thread would cost more than it saves.
+# Characters that are tokenised at once: about one batch, so that the device starts soon and never waits for more.
+WINDOW_CHARACTERS = 1 << 17
+# Windows that are tokenised at the same time. The tokenizer spreads each over all cores, but not the Python after it,
+# nor one long text.
+THREADS = 2
+# Windows that are begun before the device needs them.
+AHEAD = 4
+# Up to here threads would cost more than they save.
 INLINE_CHARACTERS = 1 << 12
 # Batches whose results may still be on their way to the host.
 IN_FLIGHT = 2
@@ -35,6 +40,8 @@ IN_FLIGHT = 2
 # A batch's values are a tensor (B, width), or one tensor a text that stays on the device.
 Values = Tensor | tuple[Tensor, ...]
 BatchFunction = Callable[[PackedBatch], tuple[Values, Tensor]]
+# Token ids by row, and how many texts were cut.
+Tokenized = tuple[dict[int, np.ndarray], int]
 # Token ids -> values, and flags on the host; None for batches that are not short.
 ShortFunction = Callable[[Sequence[np.ndarray]], tuple[Tensor, Tensor] | None]
 
@@ -108,12 +115,10 @@ class _Planned:
     Args:
         rows: of the result.
         sequences: token ids, one array a row.
-        packed: the sequences as one buffer, if that was done ahead.
     """
 
     rows: np.ndarray
     sequences: list[np.ndarray]
-    packed: HostBatch | None = None
 
 
 class Pipeline:
@@ -174,46 +179,32 @@ class Pipeline:
     def _planned_ahead(
         self, texts: Sequence[str], rows: np.ndarray
     ) -> Iterator[tuple[_Planned, int]]:
-        """Batches, each with the number of texts cut since the one before; a thread prepares the next ones."""
+        """Batches, each with the number of texts cut since the one before; threads tokenise for the next ones."""
         windows = _windows(texts)
         pending: np.ndarray = np.zeros(0, dtype=np.int64)
-
-        def prepare(index: int) -> tuple[list[_Planned], int]:
-            nonlocal pending
-            ids, cut = self._tokenize(texts, rows, windows[index])
-            self._ids.update(ids)
-            found = np.fromiter(ids, dtype=np.int64, count=len(ids))
-            batches = self._plan(np.concatenate([pending, found]))
-            if index + 1 < len(windows):
-                # The last batch may be part filled: it waits for the texts of the next window.
-                pending = batches.pop().rows
-            return [self._packed(batch) for batch in batches], cut
-
-        with ThreadPoolExecutor(1, thread_name_prefix="jv5-tokenize") as thread:
-            following = thread.submit(prepare, 0) if windows else None
-            for index in range(len(windows)):
-                assert following is not None
-                batches, cut = following.result()
+        threads = ThreadPoolExecutor(THREADS, thread_name_prefix="jv5-tokenize")
+        try:
+            tokenized = _ahead(threads, partial(self._tokenize, texts, rows), windows)
+            for index, (ids, cut) in enumerate(tokenized):
+                self._ids.update(ids)
+                found = np.fromiter(ids, dtype=np.int64, count=len(ids))
+                batches = self._plan(np.concatenate([pending, found]))
                 if index + 1 < len(windows):
-                    following = thread.submit(prepare, index + 1)
+                    # The last batch may be part filled: it waits for the texts of the next window.
+                    pending = batches.pop().rows
                 for batch in batches:
                     yield batch, cut
                     cut = 0
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def _plan(self, rows: np.ndarray) -> list[_Planned]:
-        sequences = [self._ids[int(row)] for row in rows]
+        sequences = [self._ids[row] for row in rows.tolist()]
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(rows))
         plan = plan_batches(lengths, self.limits.token_budget, self.limits.max_rows)
         return [_Planned(rows[batch], [sequences[i] for i in batch]) for batch in plan]
 
-    def _packed(self, batch: _Planned) -> _Planned:
-        order = np.arange(len(batch.rows))
-        packed = pack_on_host(batch.sequences, order, pin=self.device.type == "cuda")
-        return replace(batch, packed=packed)
-
-    def _tokenize(
-        self, texts: Sequence[str], rows: np.ndarray, window: np.ndarray
-    ) -> tuple[dict[int, np.ndarray], int]:
+    def _tokenize(self, texts: Sequence[str], rows: np.ndarray, window: np.ndarray) -> Tokenized:
         chosen = [texts[i] for i in window]
         tokenized = self.tokenization.encode(
             chosen, max_length=self.limits.max_length, positions=rows[window]
@@ -224,7 +215,7 @@ class Pipeline:
                 f"text {int(rows[window[cut[0]]])} is longer than max_seq_length={self.limits.max_length} "
                 "tokens and on_overlong='error'; 'truncate' would cut it"
             )
-        ids = dict(zip((int(rows[i]) for i in window), tokenized.ids, strict=True))
+        ids = dict(zip(rows[window].tolist(), tokenized.ids, strict=True))
         tokens = sum(map(len, tokenized.ids))
         self.statistics.add(texts=len(ids), tokens=tokens, truncated=len(cut))
         return ids, len(cut)
@@ -234,9 +225,8 @@ class Pipeline:
         try:
             if self._run_short(batch):
                 return
-            packed = batch.packed or self._packed(batch).packed
-            assert packed is not None
-            values, flags = self.compute(packed.to(self.device))
+            order = np.arange(len(batch.rows))
+            values, flags = self.compute(pack(batch.sequences, order, self.device))
         except torch.OutOfMemoryError as error:
             reason = str(error)
         else:
@@ -286,8 +276,8 @@ class Pipeline:
             for index in np.flatnonzero(batch.flags.cpu().numpy()):
                 values[index] = self._mend(int(batch.rows[index])).to(values[index].device)
         self.store(batch.rows, values)
-        for row in batch.rows:
-            del self._ids[int(row)]
+        for row in batch.rows.tolist():
+            del self._ids[row]
         self.progress(len(batch.rows))
 
     def _mend(self, row: int) -> Tensor:
@@ -310,12 +300,21 @@ def _windows(texts: Sequence[str]) -> list[np.ndarray]:
     """Indices of the texts, longest first by characters, cut into windows of WINDOW_CHARACTERS."""
     characters = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     order = np.argsort(-characters, kind="stable")
-    before = np.cumsum(characters[order] + 1)
-    bounds = np.cumsum(WINDOW_CHARACTERS)
-    window = np.searchsorted(bounds, before)
-    last = WINDOW_CHARACTERS[-1]
-    window = np.where(before > bounds[-1], len(bounds) + (before - bounds[-1]) // last, window)
+    window = np.cumsum(characters[order] + 1) // WINDOW_CHARACTERS
     return np.split(order, np.flatnonzero(np.diff(window)) + 1) if len(order) else []
+
+
+def _ahead(
+    threads: Executor, function: Callable[[np.ndarray], Tokenized], items: Iterable[np.ndarray]
+) -> Iterator[Tokenized]:
+    """The function's results in order, AHEAD of which are begun before they are asked for."""
+    begun: deque[Future[Tokenized]] = deque()
+    for item in items:
+        begun.append(threads.submit(function, item))
+        if len(begun) > AHEAD:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""The layer loop for a few tokens: five kernels a layer where the usual loop takes nine and more.
+"""The layer loop for a few tokens: seven small kernels a layer, each of which starts while the one before ends.
 
-    qkv, residual = norm(residual + y) · Wqkvᵀ
-    y             = attention(qkv) · Woᵀ                      (norm and rotation of q and k inside)
-    h, residual   = swiglu(norm(residual + y) · Wgate_upᵀ)
-    y             = h · Wdownᵀ
+    x, residual = norm(residual + y)
+    y           = attention(x · Wqkvᵀ) · Woᵀ                    (norm and rotation of q and k inside)
+    x, residual = norm(residual + y)
+    y           = swiglu(x · Wgate_upᵀ) · Wdownᵀ
 
 It computes the last layer for all tokens: reading its weights is what costs.
 """
@@ -15,7 +15,13 @@ from torch import Tensor
 
 from jv5kernels.backbone import LayerWeights, PackedBackbone
 from jv5kernels.ops.registry import triton_unavailable
-from jv5kernels.ops.short_layer import HEAD_DIMS, SHORT_TOKENS, short_attention, short_linear
+from jv5kernels.ops.short_layer import (
+    HEAD_DIMS,
+    SHORT_TOKENS,
+    short_attention,
+    short_linear,
+    short_norm,
+)
 from jv5kernels.packing import PackedBatch
 
 __all__ = ["forward_short", "takes_short_layers"]
@@ -57,16 +63,11 @@ def forward_short(backbone: PackedBackbone, batch: PackedBatch) -> tuple[Tensor,
         batch: at most SHORT_TOKENS tokens, every one of them in a sequence.
     """
     spec = backbone.spec
-    residual = torch.nn.functional.embedding(batch.input_ids, backbone.embedding).float()
+    residual = torch.nn.functional.embedding(batch.input_ids, backbone.embedding)
     y: Tensor | None = None
     for layer in backbone.layers:
-        qkv, residual = short_linear(
-            residual,
-            layer.qkv.weight,
-            y=y,
-            norm_weight=layer.input_norm,
-            eps=spec.rms_norm_eps,
-        )
+        x, residual = short_norm(residual, y, layer.input_norm, spec.rms_norm_eps)
+        qkv = short_linear(x, layer.qkv.weight)
         attended = short_attention(
             qkv,
             backbone.rope,
@@ -80,15 +81,9 @@ def forward_short(backbone: PackedBackbone, batch: PackedBatch) -> tuple[Tensor,
             k_weight=layer.k_norm,
             eps=spec.rms_norm_eps,
         )
-        y, _ = short_linear(attended, layer.o.weight)
-        inner, residual = short_linear(
-            residual,
-            layer.gate_up.weight,
-            y=y,
-            norm_weight=layer.post_norm,
-            eps=spec.rms_norm_eps,
-            is_swiglu=True,
-        )
-        y, _ = short_linear(inner, layer.down.weight)
+        y = short_linear(attended, layer.o.weight)
+        x, residual = short_norm(residual, y, layer.post_norm, spec.rms_norm_eps)
+        inner = short_linear(x, layer.gate_up.weight, is_swiglu=True)
+        y = short_linear(inner, layer.down.weight)
     assert y is not None  # there is at least one layer
     return residual.add_(y), batch.cu_seqlens

@@ -53,15 +53,20 @@ class TextPrefix:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.can_cut = _splits_at_cuts(tokenizer)
 
+    def may_cut(self, characters: int, max_length: int) -> bool:
+        """Whether a text of so many characters may be longer than what `of` gives."""
+        worthwhile = WORTHWHILE * CHARACTERS_A_TOKEN * max_length + SEARCH_CHARACTERS
+        return self.can_cut and characters > worthwhile
+
     def of(self, text: str, max_length: int) -> str:
         """The text, or a prefix of it. The tokens of a prefix, special ones apart, begin those of the text.
 
         Args:
             max_length: tokens that are wanted; a prefix may turn out to have fewer.
         """
-        target = CHARACTERS_A_TOKEN * max_length
-        if not self.can_cut or len(text) <= WORTHWHILE * target + SEARCH_CHARACTERS:
+        if not self.may_cut(len(text), max_length):
             return text
+        target = CHARACTERS_A_TOKEN * max_length
         found = CUT.search(text, target, target + SEARCH_CHARACTERS)
         return text if found is None else text[: found.start()]
 

@@ -111,13 +111,18 @@ class Tokenization:
                 f"texts[{names[int(lengths.argmin())]}] gives no tokens: it is empty, without a prompt, and this "
                 "tokenizer adds no special token; there is nothing to embed"
             )
-        ids = [self._cut(np.array(encoding.ids, dtype=np.int32), limit) for encoding in encodings]
-        return TokenizedTexts(ids, lengths, lengths > limit)
+        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        truncated = lengths > limit
+        for i in np.flatnonzero(truncated):
+            ids[i] = self._cut(ids[i], limit)
+        return TokenizedTexts(ids, lengths, truncated)
 
     def _encode_up_to(
         self, limit: int, texts: Sequence[str], names: Sequence[int] | np.ndarray
     ) -> list[Encoding]:
         """Encodings that are whole, or longer than limit and right up to there."""
+        if not self._prefix.may_cut(max(map(len, texts), default=0), limit):
+            return self._encode_all(texts, names)
         prefixes = [self._prefix.of(text, limit) for text in texts]
         encodings = self._encode_all(prefixes, names)
         for i, (prefix, text) in enumerate(zip(prefixes, texts, strict=True)):

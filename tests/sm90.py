@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -76,12 +77,11 @@ def compile_for_sm90(cases: list[Case]) -> list[Report]:
         environment["TRITON_CACHE_DIR"] = cache
         child = subprocess.run(
             [sys.executable, __file__],
-            input=json.dumps([asdict(case) for case in cases]),
+            input=pickle.dumps(cases),
             capture_output=True,
-            text=True,
             env=environment,
         )
-    assert child.returncode == 0, child.stderr
+    assert child.returncode == 0, child.stderr.decode()
     return [Report(**report) for report in json.loads(child.stdout.splitlines()[-1])]
 
 
@@ -176,5 +176,4 @@ def wgmma_loops(sass: str) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    cases = [Case(**case) for case in json.load(sys.stdin)]
-    print(json.dumps([asdict(_compile(case)) for case in cases]))
+    print(json.dumps([asdict(_compile(case)) for case in pickle.load(sys.stdin.buffer)]))

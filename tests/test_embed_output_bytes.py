@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from conftest import ragged
@@ -112,19 +114,68 @@ def test_long_sequences_among_short_ones(impl, place, poisoned_memory):
     assert torch.equal(both, out[[3, 0]])
 
 
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("repeats_number", [False, True])
+def test_counters_need_no_initial_value(repeats_number, place, monkeypatch):
+    """Working memory of any content, that of an earlier call too; a graph repeats the number of its call."""
+    from jv5kernels.kernels import embed_output as kernels
+
+    # 66 chunks, the leaves of a tree of three levels.
+    lengths = [4200, 300, 3]
+    hidden = draw((sum(lengths), 40), device=place)
+    options = {"mode": "mean", "impl": "triton"}
+    expected, _ = embed_output(hidden, ragged(lengths, place), **options)
+    memory = torch.full((200, kernels.row_stride.fn(40)), -1, dtype=torch.int32, device=place)
+    numbers = itertools.repeat(1 << 45) if repeats_number else itertools.count(1 << 45)
+    monkeypatch.setattr(kernels, "CALLS", numbers)
+    monkeypatch.setattr(
+        kernels, "partial_sums", lambda _, programs: memory.view(torch.float32)[:programs]
+    )
+    for order in (1, -1):
+        rows = hidden.split(lengths)[::order]
+        out, _ = embed_output(torch.cat(rows), ragged(lengths[::order], place), **options)
+        assert torch.equal(out, expected if order == 1 else expected.flip(0))
+
+
 @pytest.mark.gpu
-def test_shared_rows_whatever_the_number_of_programs():
-    """From 32 programs a long row down to two; repeated, so that the last to arrive varies."""
+def test_who_arrives_last_changes_no_bit():
+    """A long row alone, among others, again and again, and on two streams at once."""
     hidden, weight = draw((32768, 1024), device="cuda"), draw((1024,), device="cuda", seed=1)
     options = {"mode": "mean", "norm_weight": weight, "impl": "triton"}
     alone, _ = embed_output(hidden[:20000], ragged([20000], "cuda"), **options)
     for others in (1, 63, 300, 1500):
         rest = 32768 - 20000
-        lengths = [20000, *[rest // others] * others]
-        cu_seqlens = ragged(lengths, "cuda")
-        for _ in range(20):
-            out, flags = embed_output(hidden, cu_seqlens, **options)
-            assert torch.equal(out[:1], alone) and not flags.any()
+        cu_seqlens = ragged([20000, *[rest // others] * others], "cuda")
+        outputs = [embed_output(hidden, cu_seqlens, **options) for _ in range(20)]
+        streams = torch.cuda.Stream(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        for i in range(20):
+            with torch.cuda.stream(streams[i % 2]):
+                outputs.append(embed_output(hidden, cu_seqlens, **options))
+        torch.cuda.synchronize()
+        for out, flags in outputs:
+            assert torch.equal(out[:1], alone) and torch.equal(out, outputs[0][0])
+            assert not flags.any()
+
+
+@pytest.mark.gpu
+def test_graphs_repeat_means():
+    hidden, weight = draw((9000, 1024), device="cuda"), draw((1024,), device="cuda", seed=1)
+    lengths = [5000, 1, 0, 900, 3099]
+    options = {"mode": "mean", "norm_weight": weight, "impl": "triton"}
+    cu_seqlens = ragged(lengths, "cuda")
+    expected, _ = embed_output(hidden, cu_seqlens, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [embed_output(hidden, cu_seqlens, **options) for _ in range(2)]
+    for _ in range(20):
+        for out, flags in results:
+            out.fill_(float("nan"))
+            flags.fill_(1)
+        graph.replay()
+        embed_output(hidden, cu_seqlens, **options)
+        for out, flags in results:
+            assert torch.equal(out, expected) and not flags.any()
 
 
 @pytest.mark.gpu

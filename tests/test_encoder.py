@@ -386,7 +386,7 @@ def test_what_stays_not_finite_is_never_returned(encoders, monkeypatch):
 
 
 def test_a_long_corpus_runs_through_several_windows(encoders, monkeypatch):
-    monkeypatch.setattr("jv5kernels.pipeline.WINDOW_CHARACTERS", (100, 300))
+    monkeypatch.setattr("jv5kernels.pipeline.WINDOW_CHARACTERS", 100)
     monkeypatch.setattr("jv5kernels.pipeline.INLINE_CHARACTERS", 0)
     encoder = encoders["nano-retrieval"]
     texts = TEXTS * 4

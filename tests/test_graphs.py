@@ -119,7 +119,7 @@ def test_a_bucket_gives_what_the_plain_path_gives(encoders, lengths, pooling, fa
         assert (values != expected).float().mean() < 0.05
 
 
-@pytest.mark.parametrize("lengths", [[12], [1, 30, 2], [64]])
+@pytest.mark.parametrize("lengths", [[12], [1, 13, 2], [16]])
 @pytest.mark.parametrize("family", ["small", "nano"])
 def test_the_short_layers_are_the_usual_ones(encoders, family, lengths):
     backbone = encoders[family]._backbones.get(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -24,12 +25,21 @@ class Characters:
         self.texts = 0
         self.threads: set[str] = set()
         self.fail_at = 1 << 30
+        self.slow_at = 1 << 30
+        self.lock = threading.Lock()
 
     def encode(self, texts, *, max_length, positions):
-        self.threads.add(threading.current_thread().name)
-        self.texts += len(texts)
-        if self.texts >= self.fail_at:
+        with self.lock:
+            self.threads.add(threading.current_thread().name)
+            self.texts += len(texts)
+            failed, slow = (
+                self.texts >= self.fail_at,
+                max(map(len, texts), default=0) >= self.slow_at,
+            )
+        if failed:
             raise ValueError("a text that cannot be tokenised")
+        if slow:
+            time.sleep(0.05)
         ids = [np.frombuffer(t.encode("utf-32-le"), dtype=np.int32)[:max_length] for t in texts]
         lengths = np.array([len(text) for text in texts])
         return TokenizedTexts(ids, lengths, lengths > max_length)
@@ -66,7 +76,7 @@ def sums(texts: list[str]) -> list[int]:
 def test_every_text_once_in_its_place(lengths, inline):
     texts = [chr(97 + i % 26) * n for i, n in enumerate(lengths)]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", (50, 100))
+        monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", 50)
         monkeypatch.setattr(pipeline, "INLINE_CHARACTERS", 1 << 20 if inline else -1)
         found, batches = run(texts, Characters())
     assert found.tolist() == sums(texts)
@@ -75,12 +85,24 @@ def test_every_text_once_in_its_place(lengths, inline):
 
 
 def test_the_first_batch_does_not_wait_for_the_corpus(monkeypatch):
-    monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", (100, 200))
+    monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", 100)
     texts = [f"text number {i}" for i in range(2000)]
     found, batches = run(texts, Characters())
     assert found.tolist() == sums(texts)
-    # The first window and the one that the thread went on with.
-    assert batches[0][0] <= 300 / len(texts[0])
+    # The first window and those that the threads went on with.
+    assert batches[0][0] <= 100 * (1 + pipeline.AHEAD + pipeline.THREADS) / len(texts[0])
+
+
+def test_batches_keep_their_order_when_windows_end_out_of_order(monkeypatch):
+    monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", 100)
+    monkeypatch.setattr(pipeline, "INLINE_CHARACTERS", 0)
+    tokenization = Characters()
+    tokenization.slow_at = 28
+    texts = ["x" * n for n in range(1, 31)]
+    found, batches = run(texts, tokenization)
+    lengths = [n for batch in batches for n in batch[1:]]
+    assert found.tolist() == sums(texts)
+    assert lengths == sorted(lengths, reverse=True)
 
 
 def test_a_few_texts_need_no_thread():
@@ -89,8 +111,8 @@ def test_a_few_texts_need_no_thread():
     assert tokenization.threads == {threading.current_thread().name}
 
 
-def test_an_error_of_the_tokenising_thread_ends_the_run(monkeypatch):
-    monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", (100, 200))
+def test_an_error_of_a_tokenising_thread_ends_the_run(monkeypatch):
+    monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", 100)
     tokenization = Characters()
     tokenization.fail_at = 500
     before = threading.active_count()
@@ -135,16 +157,13 @@ def test_flags_are_copied_only_when_one_is_set():
 
 
 @given(st.lists(st.integers(0, 400_000), max_size=40))
-def test_windows_hold_every_text_once_and_grow(lengths):
+def test_windows_hold_every_text_once(lengths):
     texts = [range(n) for n in lengths]
     windows = pipeline._windows(texts)
     everything = np.concatenate([*windows, np.zeros(0, np.int64)])
     assert sorted(everything.tolist()) == list(range(len(texts)))
     assert [lengths[i] for i in everything] == sorted(lengths, reverse=True)
-    longest = max(lengths, default=0)
     for window in windows:
         assert len(window)
-        assert sum(lengths[i] for i in window) <= pipeline.WINDOW_CHARACTERS[-1] + longest + 1
-    if windows:
-        first = sum(lengths[i] + 1 for i in windows[0])
-        assert first <= pipeline.WINDOW_CHARACTERS[0] or len(windows[0]) == 1 or longest > 131_072
+        assert sum(lengths[i] + 1 for i in window[1:]) <= pipeline.WINDOW_CHARACTERS
+    assert len(windows) <= sum(n + 1 for n in lengths) // pipeline.WINDOW_CHARACTERS + 1

@@ -16,7 +16,6 @@ from native import (
     levels,
     torch_threads,
 )
-from sm90 import Case, compile_for_sm90
 
 from jv5kernels.ops import pool
 
@@ -226,40 +225,3 @@ def test_errors_name_the_argument():
 def test_the_cpp_kernel_refuses_ranges_outside(impl, place, offsets):
     with pytest.raises(ValueError, match="0 <= start <= end <= T"):
         pool(torch.ones(4, 8), torch.tensor(offsets, dtype=torch.int32), "mean", impl=impl)
-
-
-def test_compiles_for_sm90():
-    signature = {"partials": "*fp32", "stride_ht": "i32", "B": "i32", "eps": "fp32"}
-    of_sequences = {"cu_seqlens": "*i32", "arrivals": "*i32"}
-    constants = {"CHUNK": 64, "BB": 256, "HAS_NORM": True}
-    tiles = {"TILES": 8, "UNROLL": 2, "BT": 4, "BC": 128}
-    half = {"TILES": 4, "UNROLL": 2, "BT": 4, "BC": 256}
-    wide = {"TILES": 8, "UNROLL": 2, "BT": 1, "BC": 512}
-    cases = [
-        Case(
-            "jv5kernels.kernels.pool",
-            "chunk_sum_kernel",
-            signature | {"hidden": hidden} | sources,
-            {"C": C} | constants | tile | absent | {"HAS_NORM": norm},
-            divisible=("stride_ht",),
-        )
-        for hidden, C, tile, sources, absent, norm in [
-            ("*fp32", 1024, tiles, of_sequences, {"table": None}, True),
-            ("*fp32", 768, tiles | {"TILES": 6}, of_sequences, {"table": None}, False),
-            ("*bf16", 1024, half, of_sequences, {"table": None}, True),
-            ("*bf16", 768, half | {"TILES": 3}, of_sequences, {"table": None}, True),
-            (
-                "*fp32",
-                1024,
-                tiles,
-                {"table": "*i32"},
-                {"cu_seqlens": None, "arrivals": None},
-                True,
-            ),
-            ("*fp32", 4096, wide, of_sequences, {"table": None}, True),
-        ]
-    ]
-    for report in compile_for_sm90(cases):
-        # Four programs of four warps must fit an SM.
-        report.check(max_registers=128)
-        assert "ld.global.v4" in report.ptx

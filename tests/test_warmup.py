@@ -13,7 +13,7 @@ from test_graphs import Rerun
 
 from jv5kernels import FastEncoder, graphs
 from jv5kernels.graphs import BUCKETS, ShortInputs
-from jv5kernels.ops import short_attention, short_linear
+from jv5kernels.ops import short_attention, short_linear, short_norm
 from jv5kernels.output import OutputFormat, embed_batch
 from jv5kernels.packing import pack
 from jv5kernels.synthetic.checkpoint import write_checkpoint
@@ -101,7 +101,7 @@ def test_traffic_meets_no_variant_that_the_warm_up_did_not(family, pooling, fold
 
 
 @settings(max_examples=10)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=20))
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=16))
 def test_integer_arguments_are_constants_of_the_model_or_not_specialised(folders, lengths):
     """A length or a count as an ordinary argument would be compiled for being 1 or a multiple of 16."""
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -110,7 +110,8 @@ def test_integer_arguments_are_constants_of_the_model_or_not_specialised(folders
         for pooling in POOLINGS:
             embed(encoder, lengths, pooling, True)
         rows = torch.zeros(len(lengths), 256)
-        short_linear(rows, torch.zeros(32, 256), norm_weight=rows[0], impl="triton")
+        short_norm(rows, rows, rows[0], 1e-6, impl="triton")
+        short_linear(rows, torch.zeros(32, 256), impl="triton")
         short_attention(
             torch.zeros(1, 96),
             torch.zeros(1, 32),

@@ -43,6 +43,13 @@ examples:
     --prompt-name query --precision int8 --calibration ranges.json
 """
 
+DEMO_EXAMPLES = """
+examples:
+  jv5kernels demo
+  jv5kernels demo notes.txt --query "what was decided about the budget?"
+  apt-cache search . | jv5kernels demo - --query "play music"
+"""
+
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands; `name` in its result is the command."""
@@ -77,7 +84,7 @@ def _command(commands: Any, name: str, summary: str, **extra: Any) -> argparse.A
 
 def _add_model(parser: argparse.ArgumentParser, *, required: bool, note: str = "") -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=required, help=f"hub id or folder{note}")
+    group.add_argument("--model", required=required, help=f"jv5-tiny, hub id or folder{note}")
     _add_source(group)
 
 
@@ -135,6 +142,20 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--key", default="text", help="key of the text in JSON lines (default: text)"
     )
     group.add_argument("--id-key", default="id", help="key of the id in JSON lines (default: id)")
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    """Inputs of a command that needs no file of the user's."""
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="texts to search, as for encode; default: docstrings and help topics of Python's library",
+    )
+    parser.add_argument("--input-format", choices=("auto", "text", "jsonl"), default="auto")
+    parser.add_argument(
+        "--key", default="text", help="key of the text in JSON lines (default: text)"
+    )
 
 
 def _add_embeddings(parser: argparse.ArgumentParser) -> Any:
@@ -239,7 +260,7 @@ def _add_verify(commands: Any) -> None:
         "verify",
         "Compare embeddings with an untouched fp32 Transformers run; exit 1 on a missed threshold.",
     )
-    parser.add_argument("model", metavar="MODEL", help="hub id or folder")
+    parser.add_argument("model", metavar="MODEL", help="jv5-tiny, hub id or folder")
     parser.add_argument(
         "--task",
         action="append",
@@ -273,7 +294,7 @@ def _add_bench(commands: Any) -> None:
         "bench",
         "Compare speed with Transformers and Sentence Transformers on this machine.",
     )
-    _add_model(parser, required=False, note="; default: the demo's small checkpoint")
+    _add_model(parser, required=False, note="; default: jv5-tiny")
     parser.add_argument("--task", help="adapter; default: retrieval")
     parser.add_argument(
         "--batch-sizes",
@@ -302,11 +323,16 @@ def _add_info(commands: Any) -> None:
 
 def _add_demo(commands: Any) -> None:
     parser = _command(
-        commands, "demo", "Encode real text, compare with Transformers, find neighbours."
+        commands,
+        "demo",
+        "Encode real text and search it; compare with Transformers; show what smaller vectors keep.",
+        epilog=DEMO_EXAMPLES,
     )
-    _add_model(parser, required=False, note="; default: a small random-weight checkpoint made here")
-    parser.add_argument("--query", help="text whose neighbours are shown")
-    parser.add_argument("--text-file", type=Path, help="texts to search, one a line")
+    _add_texts(parser)
+    parser.add_argument(
+        "--query", action="append", help="text whose neighbours are shown, may be repeated"
+    )
+    _add_model(parser, required=False, note="; default: jv5-tiny")
 
 
 def _add_report(commands: Any) -> None:
@@ -315,18 +341,9 @@ def _add_report(commands: Any) -> None:
         "report",
         "Draw what truncation and quantisation keep of the fp32 ranking, by bytes per vector.",
     )
-    parser.add_argument(
-        "inputs",
-        nargs="*",
-        metavar="INPUT",
-        help="texts as for encode; default: docstrings and help topics of Python's library",
-    )
+    _add_texts(parser)
     parser.add_argument(
         "--queries", metavar="FILE", help="texts to search with; default: the corpus"
-    )
-    parser.add_argument("--input-format", choices=("auto", "text", "jsonl"), default="auto")
-    parser.add_argument(
-        "--key", default="text", help="key of the text in JSON lines (default: text)"
     )
     parser.add_argument(
         "-o",
@@ -336,7 +353,7 @@ def _add_report(commands: Any) -> None:
         metavar="OUT.png",
         help="the picture (default: retention.png)",
     )
-    _add_model(parser, required=False, note="; default: the demo's small checkpoint")
+    _add_model(parser, required=False, note="; default: jv5-tiny")
     parser.add_argument("--task", help="adapter; default: retrieval")
     parser.add_argument(
         "--dims",

@@ -32,7 +32,6 @@ class Report:
     """Everything the report shows."""
 
     model: str
-    random_weights: bool
     task: str | None
     device: str
     documents: int
@@ -61,7 +60,7 @@ def run(
     """Encodes a corpus once in float32 and measures every precision at every dimension on it.
 
     Args:
-        model: hub id or folder; default the demo's checkpoint.
+        model: "jv5-tiny", hub id or folder; default jv5-tiny.
         inputs: files of texts; default docstrings and help topics of Python's standard library.
         queries: file of queries; default the corpus itself, each text looking for its neighbours.
         reading: keyword arguments of Corpus.
@@ -80,13 +79,14 @@ def run(
     if picture is not None:
         _check_picture(picture)
     tell("loading torch")
-    from jv5kernels.commands.demo import demo_checkpoint, documents_for
+    from jv5kernels.commands.demo import documents_for
     from jv5kernels.encoder import FastEncoder
+    from jv5kernels.packaged import packaged_folder
     from jv5kernels.retention import default_dims, measure
 
     tell("opening the model")
     encoder = FastEncoder(
-        model if model is not None else demo_checkpoint(), **dict(encoder_options or {})
+        model if model is not None else packaged_folder(), **dict(encoder_options or {})
     )
     if task is None and encoder.tasks:
         task = TASK if TASK in encoder.tasks else encoder.tasks[0]
@@ -109,7 +109,6 @@ def run(
     )
     report = Report(
         model=str(encoder.checkpoint.source),
-        random_weights=model is None,
         task=task,
         device=str(encoder.device),
         documents=len(texts),
@@ -124,8 +123,6 @@ def run(
 
 def _named(report: Report) -> str:
     """What the model is called in a title."""
-    if report.random_weights:
-        return "the demo's model (random weights, not trained for truncation)"
     return Path(report.model).name if Path(report.model).is_dir() else report.model
 
 

@@ -1,27 +1,35 @@
-"""The last step of encoding: pooled tokens become the bytes of embeddings.
+"""The last step of encoding: pooled tokens become the bytes of embeddings, in one launch.
 
-    row   = hidden[t] · rsqrt(mean(hidden[t]²) + eps) · weight      one token a row, or
-    row   = Σ_p partials[p] / length · weight                       the mean, from the sums of pool.py
+    row   = hidden[t] · rsqrt(mean(hidden[t]²) + eps) · weight          one token a row, or
+    row   = Σ_t hidden[t] · rsqrt(mean(hidden[t]²) + eps) / length · weight     the mean, see pool.py
     row   = row[:dim]
-    row   = row / max(‖row‖, 1e-12)                                 when normalising
-    out   = cast(row), a byte a column, or a bit a column           see quantize.py
+    row   = row / max(‖row‖, 1e-12)                                     when normalising
+    out   = cast(row), a byte a column, or a bit a column               see quantize.py
     flag  = 1 unless the floats of out and ‖row‖ are finite
 
-`token_kernel` is the whole of last-token and cls pooling: B rows in, B rows out. `mean_kernel` is the
-second launch of a mean. A row of few chunks has one program. For a longer one, several programs add
-its chunks, each over its own columns; the last of them to arrive does the rest. Which one that is
-changes no bit, nor does the number of programs: sums go in an order that the row's length fixes.
+`token_kernel` is the whole of last-token and cls pooling, `mean_kernel` of means. A program of the latter
+has the sum of a chunk of tokens. The sums of a row are the leaves of a tree whose nodes have eight children;
+the last of these to arrive adds them and goes on to the next node, and the last at the root does the rest.
+Which one that is changes no bit: sums go in an order that the row's length fixes.
+
+Arrivals are counted in words that need no initial value, so the memory may be any and no launch has to
+clear it: see `open_counter`. Traffic: hidden once, and 8·C/CHUNK bytes a token for the partial sums,
+which stay in the L2 cache.
 """
 
 from __future__ import annotations
 
+import itertools
+import secrets
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from jv5kernels.kernels.pool import CHUNK
+from jv5kernels.kernels.pool import NUM_WARPS, find_chunk, reading, sum_of_tokens
 from jv5kernels.kernels.quantize import (
     BITS,
     CODES,
@@ -35,13 +43,39 @@ from jv5kernels.kernels.quantize import (
 )
 
 TOKEN_WARPS = 4
-MEAN_WARPS = 8
-# Chunks that one program adds alone, eight loads at a time.
-FEW_CHUNKS = 16
-# Tile of the programs that share a row: chunks, columns.
-SHARED_CHUNKS, SHARED_COLUMNS = 256, 32
-# Programs that a second launch starts for the sake of long rows: about what runs at a time, and two a row.
-SHARED_PROGRAMS, LEAST_SHARES = 512, 2
+# Children of a node: sums that are loaded before the first two are added.
+FAN = tl.constexpr(8)
+# A call's number is written into its counters, above 16 bits of count. It starts at random so that memory which
+# other programs left behind holds it with a chance of 2⁻⁴⁵.
+COUNT_BITS = tl.constexpr(16)
+CALLS = itertools.count((1 << 45) + secrets.randbits(45))
+
+
+class Output(NamedTuple):
+    """Constants of the kernels' side that writes embeddings.
+
+    Args:
+        DIM, WIDTH: columns that are kept, values that are stored a row.
+        BC: columns of a block that holds a row of the hidden states.
+        NORMALIZE: whether to divide by the length of what is kept.
+        KIND, FLIP: what an output holds, and what its bytes are xored with: see quantize.py.
+    """
+
+    DIM: int
+    WIDTH: int
+    BC: int
+    NORMALIZE: bool
+    KIND: int
+    FLIP: int
+
+
+@lru_cache
+def output(
+    width: int, dim: int, stored: int, dtype: torch.dtype, has_ranges: bool, normalize: bool
+) -> Output:
+    """The constants for rows of `width` columns, of which `dim` are kept as `stored` values."""
+    kind = FLOATS if dtype.is_floating_point else CODES if has_ranges else BITS
+    return Output(dim, stored, block_of_columns(width), normalize, kind, flip_of(dtype))
 
 
 @triton.jit
@@ -51,41 +85,28 @@ def is_finite(b):
 
 
 @triton.jit
-def store_embedding(
-    b,
-    i_row,
-    ranges,
-    out,
-    flags,
-    stride_rr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BC: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    KIND: tl.constexpr,
-    FLIP: tl.constexpr,
-):
+def store_embedding(b, i_row, ranges, out, flags, stride_rr, OUT: tl.constexpr):
     """Slices a pooled row [BC], normalises it, stores what the output holds of it, and its flag."""
-    o_c = tl.arange(0, BC)
-    m_out = o_c < DIM
+    o_c = tl.arange(0, OUT.BC)
+    m_out = o_c < OUT.DIM
     b = tl.where(m_out, b, 0.0)
     finite = 1
-    if NORMALIZE:
+    if OUT.NORMALIZE:
         norm = tl.sqrt_rn(tl.sum(b * b, axis=0))
         finite = is_finite(norm)
-        b = tl.div_rn(b, tl.full([BC], 0.0, tl.float32) + tl.maximum(norm, 1e-12))
+        b = tl.div_rn(b, tl.full([OUT.BC], 0.0, tl.float32) + tl.maximum(norm, 1e-12))
     b_float = b
-    p_out = out + i_row * WIDTH
-    if KIND == 0:
+    p_out = out + i_row * OUT.WIDTH
+    if OUT.KIND == 0:
         b_out = b.to(out.dtype.element_ty)
         b_float = b_out.to(tl.float32)
         tl.store(p_out + o_c, b_out, mask=m_out)
-    elif KIND == 1:
+    elif OUT.KIND == 1:
         b_min, b_step = range_steps(ranges, stride_rr, o_c, m_out)
-        store_bytes(p_out + o_c, codes_of(b, b_min, b_step), m_out, FLIP)
+        store_bytes(p_out + o_c, codes_of(b, b_min, b_step), m_out, OUT.FLIP)
     else:
-        o_byte = tl.arange(0, BC // 8)
-        store_bytes(p_out + o_byte, bits_of(b, BC), o_byte < WIDTH, FLIP)
+        o_byte = tl.arange(0, OUT.BC // 8)
+        store_bytes(p_out + o_byte, bits_of(b, OUT.BC), o_byte < OUT.WIDTH, OUT.FLIP)
     finite = tl.minimum(finite, tl.min(is_finite(b_float), axis=0))
     tl.store(flags + i_row, (1 - finite).to(tl.uint8))
 
@@ -102,17 +123,12 @@ def token_kernel(
     stride_rr,
     eps,
     C: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BC: tl.constexpr,
     STEP: tl.constexpr,
     IS_LAST: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    KIND: tl.constexpr,
-    FLIP: tl.constexpr,
+    OUT: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    o_c = tl.arange(0, BC)  # [BC]
+    o_c = tl.arange(0, OUT.BC)  # [BC]
     start = tl.load(bounds + i_row * STEP).to(tl.int64)
     end = tl.load(bounds + i_row * STEP + 1).to(tl.int64)
     i_t = end - 1 if IS_LAST else start
@@ -124,88 +140,136 @@ def token_kernel(
         mean_square = tl.sum(b * b, axis=0) / C
         # An empty sequence with eps = 0 would be 0 · inf.
         b = b * (1.0 / tl.sqrt_rn(tl.where(start < end, mean_square + eps, 1.0))) * b_weight
-    store_embedding(b, i_row, ranges, out, flags, stride_rr, DIM, WIDTH, BC, NORMALIZE, KIND, FLIP)
+    store_embedding(b, i_row, ranges, out, flags, stride_rr, OUT)
 
 
 @triton.jit
-def sum_few(p, chunks, o_c, C: tl.constexpr):
-    """The sum of some columns over `chunks` rows, eight at a time."""
-    b_sum = tl.zeros(o_c.shape, dtype=tl.float32)
-    for i in range(0, chunks, 8):
-        b = ()
-        for k in tl.static_range(8):
-            m = o_c < tl.where(i + k < chunks, C, 0)
-            b += (tl.load(p + (i + k) * C + o_c, mask=m, other=0.0, cache_modifier=".cg"),)
-        b_sum += ((b[0] + b[1]) + (b[2] + b[3])) + ((b[4] + b[5]) + (b[6] + b[7]))
+def row_stride(C: tl.constexpr):
+    """Floats from one row of partial sums to the next: 16 bytes for a counter are behind each."""
+    return (C + 3) // 4 * 4 + 4
+
+
+@triton.jit
+def counter_of(partials, i_program, C: tl.constexpr):
+    """The counter behind a program's row of partial sums."""
+    p = partials + (i_program.to(tl.int64) + 1) * row_stride(C) - 4
+    return p.to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def open_counter(p, found, call):
+    """Sets a counter to this call's number and no arrivals, unless another of its programs has done so.
+
+    `found` was loaded from it before. Where the exchange finds another word by now, only a program of the
+    same call can have written it, and its first one was this exchange.
+    """
+    # No branch: the threads of a program may have found different words. The first one's exchange counts.
+    is_open = found >> COUNT_BITS == call >> COUNT_BITS
+    tl.atomic_cas(p, found, tl.where(is_open, found, call), sem="relaxed")
+
+
+@triton.jit
+def arrives_last(p, count, call):
+    """Whether this program is the last of `count` to arrive, and so sees what all of them stored."""
+    # The stores of all threads come before the one that reports them.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(p, 1, sem="acq_rel") == call + (count - 1)
+    if is_last:
+        # A graph repeats its calls with the numbers that they had.
+        tl.store(p, tl.zeros([], dtype=tl.int64))
+    return is_last
+
+
+@triton.jit
+def family_of(i_node, nodes, width):
+    """The first chunk below the parent of a node that spans `width` chunks, and how many children it has."""
+    i_oldest = i_node // FAN * FAN
+    return i_oldest * width, tl.minimum(nodes - i_oldest, FAN)
+
+
+@triton.jit
+def sum_rows(p, count, stride, o_c, C: tl.constexpr):
+    """The sum [BC] of at most FAN rows, past the L1 cache."""
+    b = ()
+    for k in tl.static_range(FAN):
+        m = o_c < tl.where(k < count, C, 0)
+        b += (tl.load(p + k * stride + o_c, mask=m, other=0.0, cache_modifier=".cg"),)
+    b_sum = b[0] + b[1]
+    for k in tl.static_range(2, FAN, 2):
+        b_sum += b[k] + b[k + 1]
     return b_sum
 
 
-@triton.jit
-def sum_many(p, chunks, o_c, C: tl.constexpr, BN: tl.constexpr):
-    """The sum of some columns over `chunks` rows, BN at a time."""
-    b_sum = tl.zeros(o_c.shape, dtype=tl.float32)
-    for i in range(0, chunks, BN):
-        o_n = i + tl.arange(0, BN)[:, None]  # [BN, 1]
-        m = (o_n < chunks) & (o_c < C)[None, :]
-        b_sum += tl.sum(tl.load(p + o_n * C + o_c[None, :], mask=m, other=0.0), axis=0)
-    return b_sum
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["B", "call"])
 def mean_kernel(
-    partials,  # [chunks, C] fp32; the first row of a shared sum is overwritten
+    hidden,  # [T, C]
     cu_seqlens,  # [B + 1], or None
-    table,  # [B, 2] length and first chunk, or None
-    arrivals,  # [B] int32, zero
+    table,  # [programs, 4] row, its chunk, its first token and its length, or None
+    partials,  # [programs, row_stride] fp32
     weight,  # [C] or None
     ranges,  # [2, DIM] fp32 or None
     out,  # [B, WIDTH]
     flags,  # [B] uint8
+    stride_ht,
     stride_rr,
-    C: tl.constexpr,
-    CHUNK: tl.constexpr,
-    FEW_CHUNKS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BC: tl.constexpr,
-    BN: tl.constexpr,
-    BS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    KIND: tl.constexpr,
-    FLIP: tl.constexpr,
+    B,
+    call,  # number of this call << COUNT_BITS
+    eps,
+    READ: tl.constexpr,
+    OUT: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
-    i_share = tl.program_id(1)
-    shares = tl.num_programs(1)
+    C: tl.constexpr = READ.C
+    i_program = tl.program_id(0)
     if cu_seqlens is not None:
+        i_row, i_chunk = find_chunk(cu_seqlens, i_program, B, READ)
         start = tl.load(cu_seqlens + i_row)
         length = tl.load(cu_seqlens + i_row + 1) - start
-        first = start // CHUNK + i_row
     else:
-        length = tl.load(table + 2 * i_row)
-        first = tl.load(table + 2 * i_row + 1).to(tl.int64)
-    p_row = partials + first * C
-    chunks = tl.cdiv(length, CHUNK)
-    finishes = i_share == 0
-    if chunks > FEW_CHUNKS:
-        for i_c in range(i_share * BS, C, shares * BS):
-            o_s = i_c + tl.arange(0, BS)  # [BS]
-            b_share = sum_many(p_row, chunks, o_s, C, BN)
-            # No other program reads these columns before all have arrived.
-            tl.store(p_row + o_s, b_share, mask=o_s < C)
-        # The stores of all threads come before the one that reports them.
-        tl.debug_barrier()
-        finishes = tl.atomic_add(arrivals + i_row, 1, sem="acq_rel") == shares - 1
-        chunks = tl.minimum(chunks, 1)
+        p_chunk = table + 4 * i_program
+        i_row, i_chunk = tl.load(p_chunk), tl.load(p_chunk + 1)
+        start, length = tl.load(p_chunk + 2), tl.load(p_chunk + 3)
+    chunks = tl.cdiv(length, READ.CHUNK)
+    if i_chunk >= tl.maximum(chunks, 1):
+        return
+    i_first = i_program - i_chunk
+    i_oldest, children = family_of(i_chunk, chunks, 1)
+    # Loaded here, so that nothing waits for it.
+    p_counter = counter_of(partials, i_first + i_oldest, C)
+    found = tl.load(p_counter, mask=children > 1, other=0, cache_modifier=".cg")
+
+    begin = start + i_chunk * READ.CHUNK
+    end = tl.minimum(start + length, begin + READ.CHUNK)
+    b = sum_of_tokens(hidden, begin, end, stride_ht, eps, weight is not None, READ)
+
+    o_c = tl.arange(0, READ.BC)  # [BC]
+    stride = row_stride(C)
+    i_node, nodes, width, level = i_chunk, chunks, 1, 0
+    finishes = True
+    while nodes > 1:
+        # A node keeps its sum where its first chunk had its own. Its counter is as many rows behind that as
+        # it has levels below it, and so no other node's: one of two children has a chunk there.
+        i_oldest, children = family_of(i_node, nodes, width)
+        p = partials + (i_first + i_oldest).to(tl.int64) * stride
+        if children > 1:
+            p_counter = counter_of(partials, i_first + i_oldest + level, C)
+            tl.store(p + i_node % FAN * width * stride + o_c, b, mask=o_c < C)
+            open_counter(p_counter, found, call)
+            finishes = arrives_last(p_counter, children, call)
+        if finishes:
+            i_node, nodes, level = i_node // FAN, tl.cdiv(nodes, FAN), level + 1
+            i_above, siblings = family_of(i_node, nodes, width * FAN)
+            p_counter = counter_of(partials, i_first + i_above + level, C)
+            found = tl.load(p_counter, mask=siblings > 1, other=0, cache_modifier=".cg")
+            if children > 1:
+                b = sum_rows(p, children, width * stride, o_c, C)
+            width *= FAN
+        else:
+            nodes = 0
     if finishes:
-        o_c = tl.arange(0, BC)  # [BC]
-        b = sum_few(p_row, chunks, o_c, C)
-        b = tl.div_rn(b, tl.full([BC], 0.0, tl.float32) + tl.maximum(length, 1).to(tl.float32))
+        b = tl.div_rn(b, tl.full([OUT.BC], 0.0, tl.float32) + tl.maximum(length, 1).to(tl.float32))
         if weight is not None:
             b = b * tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)
-        store_embedding(
-            b, i_row, ranges, out, flags, stride_rr, DIM, WIDTH, BC, NORMALIZE, KIND, FLIP
-        )
+        store_embedding(b, i_row.to(tl.int64), ranges, out, flags, stride_rr, OUT)
 
 
 @dataclass(frozen=True)
@@ -226,20 +290,10 @@ class Target:
     normalize: bool
     ranges: torch.Tensor | None
 
-    def constants(self, width: int) -> dict[str, int | bool]:
-        """Arguments that both kernels share, for rows of `width` columns."""
-        kind = FLOATS if self.out.is_floating_point() else BITS if self.ranges is None else CODES
-        return {
-            "C": width,
-            "DIM": self.dim,
-            "WIDTH": self.out.shape[1],
-            "BC": block_of_columns(width),
-            "NORMALIZE": self.normalize,
-            "KIND": kind,
-            "FLIP": flip_of(self.out.dtype),
-            # Contracted, a product and the minimum that is subtracted from it would round once.
-            "enable_fp_fusion": False,
-        }
+    def constants(self, width: int) -> Output:
+        """What the kernels know of it, for rows of `width` columns."""
+        stored, dtype = self.out.shape[1], self.out.dtype
+        return output(width, self.dim, stored, dtype, self.ranges is not None, self.normalize)
 
     @property
     def range_stride(self) -> int:
@@ -268,44 +322,51 @@ def launch_tokens(
         hidden.stride(0),
         target.range_stride,
         eps,
+        C=hidden.shape[1],
         STEP=bounds.ndim,
         IS_LAST=is_last,
+        OUT=target.constants(hidden.shape[1]),
         num_warps=TOKEN_WARPS,
-        **target.constants(hidden.shape[1]),
+        # Contracted, a product and the minimum that is subtracted from it would round once.
+        enable_fp_fusion=False,
     )
 
 
+def partial_sums(hidden: torch.Tensor, programs: int) -> torch.Tensor:
+    """Working memory of launch_means, of any content: a row of sums and a counter for each program."""
+    shape = (programs, row_stride.fn(hidden.shape[1]))
+    return torch.empty(shape, dtype=torch.float32, device=hidden.device)
+
+
 def launch_means(
-    partials: torch.Tensor,
+    hidden: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     table: torch.Tensor | None,
-    arrivals: torch.Tensor,
+    partials: torch.Tensor,
     weight: torch.Tensor | None,
+    eps: float,
     target: Target,
 ) -> None:
-    """Fills the target from the sums of chunks; `table` (B, 2) says where those of spans are."""
-    B = target.out.shape[0]
+    """Fills the target with means of sequences, or of spans by a table (programs, 4) of their chunks."""
+    B, width = target.out.shape[0], hidden.shape[1]
     if B == 0:
         return
-    shares = 1
-    # Short of that many chunks beyond one a row, no row has more than FEW_CHUNKS (empty spans aside).
-    if partials.shape[0] - B >= FEW_CHUNKS:
-        blocks = triton.cdiv(partials.shape[1], SHARED_COLUMNS)
-        shares = min(blocks, max(LEAST_SHARES, SHARED_PROGRAMS // B))
-    mean_kernel[(B, shares)](
-        partials,
+    mean_kernel[(partials.shape[0],)](
+        hidden,
         cu_seqlens,
         table,
-        arrivals,
+        partials,
         weight,
         target.ranges,
         target.out,
         target.flags,
+        hidden.stride(0),
         target.range_stride,
-        CHUNK=CHUNK,
-        FEW_CHUNKS=FEW_CHUNKS,
-        BN=SHARED_CHUNKS,
-        BS=SHARED_COLUMNS,
-        num_warps=MEAN_WARPS,
-        **target.constants(partials.shape[1]),
+        B,
+        next(CALLS) << 16,
+        eps,
+        READ=reading(width),
+        OUT=target.constants(width),
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
     )

@@ -1,24 +1,25 @@
-"""The two kernels of a layer over a few tokens, where launches and the reading of weights are all there is.
+"""The kernels of a layer over a few tokens, where launches and the reading of weights are all there is.
 
-`short_linear_kernel`, for up to 64 rows, streams the weight once through as many programs as keep the memory busy:
+`short_norm_kernel` takes a row of the residual stream: total = x + y in fp32, and RMSNorm of it.
 
-    total = x (+ y)                                                           with HAS_NORM, fp32
-    out   = rsqrt(mean(total²) + eps) · (total ⊙ norm_weight) · Wᵀ            x · Wᵀ without
-    out   = silu(gate) · up                                                   with IS_SWIGLU
+`short_linear_kernel`, for up to 16 rows, streams the weight once through as many programs as keep the memory busy:
 
-The row's factor is taken out of the product, so one pass over K finds both. Every program adds and squares the few rows
-for itself (they come from the L2 cache), which costs less than a kernel of its own; the first one stores the total.
+    out = x · Wᵀ
+    out = silu(gate) · up                                                     with IS_SWIGLU
 
-With IS_CHAINED (programmatic dependent launch, sm_90 and later) the next kernel starts while this one runs: its
-programs have their part of the weight fetched into the L2 cache, which depends on nothing, and then wait until this one
-is done. So memory is read without a pause from layer to layer.
+K is cut into one piece a warp, so that the products of a program run side by side; their sum is taken at the end.
 
 `short_attention_kernel` takes one head of one sequence: norm and rotation of q and k, scores, softmax and the product
 with v in registers. Positions are the rows' places in their sequence.
+
+With IS_CHAINED (programmatic dependent launch, sm_90 and later) the next kernel starts while this one runs: its
+programs have their part of the weight on the way to registers, which depends on nothing, and then wait until this one
+is done. So memory is read without a pause from layer to layer.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -28,19 +29,29 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = 1.4426950408889634
-MAX_ROWS = 64
-# (with a norm, rows of a tile) -> (columns of K a step, stages): as much of the weight in flight as the registers of
-# the norm's arithmetic and the shared memory leave room for.
-STEPS = {
-    (True, 16): (256, 4),
-    (True, 32): (64, 5),
-    (True, 64): (64, 4),
-    (False, 16): (256, 6),
-    (False, 32): (128, 8),
-    (False, 64): (128, 6),
+# The height of a tile: rows of a product, tokens of a sequence.
+ROWS = 16
+ATTENTION_WARPS = NORM_WARPS = 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """Output columns of a program, its warps (pieces of K), and the most columns of K that are multiplied at once."""
+
+    BN: int
+    num_warps: int
+    max_BK: int
+
+
+# Kind of projection -> configuration; bench/bench_short_layer.py --sweep times others.
+CONFIGS = {
+    "swiglu": Config(16, 4, 1024),
+    "wide": Config(32, 4, 1024),
+    "narrow": Config(16, 8, 2048),
+    "deep": Config(8, 8, 2048),
 }
-LINEAR_WARPS = {16: 4, 32: 4, 64: 8}
-ATTENTION_WARPS = 4
+# Columns from which 32 a program leave a program for each multiprocessor; values of K that fill the registers of 16.
+WIDE, DEEP = 2048, 3072
 
 
 @triton.jit
@@ -59,80 +70,78 @@ def wait_for_the_kernel_before():
 
 
 @triton.jit
-def fetch_into_l2(p_row, K: tl.constexpr, LINES: tl.constexpr):
-    """Asks for all of some rows of K values of 2 bytes; p_row [BN, 1] points to their first ones."""
-    o_line = tl.minimum(
-        tl.arange(0, LINES) * 64, K - 1
-    )  # 128 bytes; the last one may be asked for again
-    address = (p_row + o_line[None, :]).to(tl.int64)  # [BN, LINES]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [address],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+def short_norm_kernel(
+    x,  # [T, K] fp32, or dtype of weight
+    y,  # [T, K] or None
+    weight,  # [K]
+    out,  # [T, K], dtype of weight
+    total,  # [T, K] fp32
+    eps,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
+):
+    o_k = tl.arange(0, BK)  # [BK]
+    m_k = o_k < K
+    o_x = tl.program_id(0) * K + o_k
+    b_weight = tl.load(weight + o_k, mask=m_k, other=0.0).to(tl.float32)
+    if IS_CHAINED:
+        wait_for_the_kernel_before()
+    b_x = tl.load(x + o_x, mask=m_k, other=0.0).to(tl.float32)
+    if y is not None:
+        b_x += tl.load(y + o_x, mask=m_k, other=0.0).to(tl.float32)
+    tl.store(total + o_x, b_x, mask=m_k)
+    b_out = b_x * (1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, 0) / K + eps)) * b_weight
+    tl.store(out + o_x, b_out.to(out.dtype.element_ty), mask=m_k)
 
 
 @triton.jit(do_not_specialize=["T"])
 def short_linear_kernel(
-    x,  # [T, K], fp32 with HAS_NORM
-    y,  # [T, K] or None
-    norm_weight,  # [K] or None
+    x,  # [T, K]
     weight,  # [N, K]; with IS_SWIGLU [2 * N, K], gate and then up
     out,  # [T, N]
-    total,  # [T, K] fp32 or None
     T,
-    eps,
     N: tl.constexpr,
     K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_Y: tl.constexpr,
+    PIECES: tl.constexpr,
     IS_SWIGLU: tl.constexpr,
     IS_CHAINED: tl.constexpr,
-    LINES: tl.constexpr,
 ):
+    STEPS: tl.constexpr = K // BK
     i_n = tl.program_id(0)
-    o_m = tl.arange(0, BM)[:, None]  # [BM, 1]
+    o_m = tl.arange(0, BM)  # [BM]
     o_n = i_n * BN + tl.arange(0, BN)  # [BN]
-    o_k = tl.arange(0, BK)  # [BK]
-    m_m = o_m < T
-    m_total = o_m < tl.where(i_n == 0, T, 0)
-    o_x = o_m * K + o_k[None, :]  # [BM, BK]
-    p_row = weight + o_n[:, None] * K  # [BN, 1]
+    o_k = tl.arange(0, PIECES)[:, None, None] * (BK // PIECES)
+    o_k += tl.arange(0, BK // PIECES)[None, None, :]  # [PIECES, 1, BK / PIECES]
+    m_x = o_m[None, :, None] < T
+    p_x = x + o_m[None, :, None] * K + o_k  # [PIECES, BM, BK / PIECES]
+    p_weight = weight + o_n[None, :, None] * K + o_k  # [PIECES, BN, BK / PIECES]
+    # All loads are under way before the first product, those of the weight even before the wait.
+    b_weight = ()
+    b_weight_up = ()
+    for i in tl.static_range(STEPS):
+        b_weight += (tl.load(p_weight + i * BK),)
+        if IS_SWIGLU:
+            b_weight_up += (tl.load(p_weight + N * K + i * BK),)
     if IS_CHAINED:
-        fetch_into_l2(p_row, K, LINES)
-        if IS_SWIGLU:
-            fetch_into_l2(p_row + N * K, K, LINES)
         wait_for_the_kernel_before()
-    p_weight = p_row + o_k[None, :]  # [BN, BK]
-    b_out = tl.zeros([BM, BN], tl.float32)
-    b_up = tl.zeros([BM, BN], tl.float32)
-    b_square = tl.zeros([BM], tl.float32)
-    for i_k in range(0, K, BK):
-        b_weight = tl.load(p_weight + i_k)
-        b_x = tl.load(x + o_x + i_k, mask=m_m, other=0.0)
-        if HAS_NORM:
-            if HAS_Y:
-                b_x += tl.load(y + o_x + i_k, mask=m_m, other=0.0).to(tl.float32)
-            tl.store(total + o_x + i_k, b_x, mask=m_total)
-            b_square += tl.sum(b_x * b_x, 1)
-            b_x *= tl.load(norm_weight + i_k + o_k).to(tl.float32)[None, :]
-        b_x = b_x.to(weight.dtype.element_ty)
-        b_out = dot(b_x, b_weight.T, b_out)
+    b_x = ()
+    for i in tl.static_range(STEPS):
+        b_x += (tl.load(p_x + i * BK, mask=m_x, other=0.0),)
+    b_out = tl.zeros([PIECES, BM, BN], tl.float32)
+    b_up = tl.zeros([PIECES, BM, BN], tl.float32)
+    for i in tl.static_range(STEPS):
+        b_out = dot(b_x[i], tl.permute(b_weight[i], (0, 2, 1)), b_out)
         if IS_SWIGLU:
-            b_up = dot(b_x, tl.load(p_weight + N * K + i_k).T, b_up)
-    if HAS_NORM:
-        b_inverse = (1.0 / tl.sqrt_rn(b_square / K + eps))[:, None]
-        b_out *= b_inverse
-        b_up *= b_inverse
+            b_up = dot(b_x[i], tl.permute(b_weight_up[i], (0, 2, 1)), b_up)
+    b_sum = tl.sum(b_out, 0)
     if IS_SWIGLU:
-        b_out = b_out / (1.0 + tl.exp(-b_out)) * b_up
-    tl.store(out + o_m * N + o_n[None, :], b_out.to(out.dtype.element_ty), mask=m_m)
+        b_sum = b_sum / (1.0 + tl.exp(-b_sum)) * tl.sum(b_up, 0)
+    p_out = out + o_m[:, None] * N + o_n[None, :]
+    tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=(o_m < T)[:, None])
 
 
 @triton.jit
@@ -213,60 +222,70 @@ def can_chain(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def rows_of_tile(rows: int) -> int:
-    """The tile that holds so many rows."""
-    return max(16, triton.next_power_of_2(rows))
-
-
-def columns_of_tile(columns: int) -> int:
-    """Output columns of a program: few enough for a program on most multiprocessors."""
-    return 32 if columns >= 3072 else 16
+def config_of(columns: int, inner: int, is_swiglu: bool) -> tuple[Config, int]:
+    """The configuration for a weight (columns, inner), and the columns of K at once."""
+    narrow = "deep" if inner >= DEEP else "narrow"
+    config = CONFIGS["swiglu" if is_swiglu else "wide" if columns >= WIDE else narrow]
+    return config, min(config.max_BK, inner & -inner)
 
 
 def fits(columns: int, inner: int) -> bool:
     """Whether tiles cover a weight (columns, inner) without a rest."""
-    return columns % 32 == 0 and inner % max(step for step, _ in STEPS.values()) == 0
+    return columns % 32 == 0 and inner % 256 == 0
+
+
+def launch_short_norm(
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    total: torch.Tensor,
+) -> None:
+    """Fills `out` and `total` (T, K); all tensors are contiguous."""
+    T, K = x.shape
+    if T == 0:
+        return
+    short_norm_kernel[(T,)](
+        x,
+        y,
+        weight,
+        out,
+        total,
+        eps,
+        K=K,
+        BK=triton.next_power_of_2(K),
+        IS_CHAINED=can_chain(x.device),
+        launch_pdl=can_chain(x.device),
+        num_warps=NORM_WARPS,
+    )
 
 
 def launch_short_linear(
-    x: torch.Tensor,
-    y: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
-    is_swiglu: bool,
-    out: torch.Tensor,
-    total: torch.Tensor | None,
+    x: torch.Tensor, weight: torch.Tensor, is_swiglu: bool, out: torch.Tensor
 ) -> None:
-    """Fills `out` (T, N) and, with a norm, `total` (T, K); all tensors are contiguous, T is at most MAX_ROWS."""
+    """Fills `out` (T, N); all tensors are contiguous, T is at most ROWS."""
     T, K = x.shape
     N = out.shape[1]
     if T == 0:
         return
-    BM, BN = rows_of_tile(T), columns_of_tile(N)
-    BK, num_stages = STEPS[norm_weight is not None, BM]
-    short_linear_kernel[(N // BN,)](
+    config, BK = config_of(N, K, is_swiglu)
+    short_linear_kernel[(N // config.BN,)](
         x,
-        y,
-        norm_weight,
         weight,
         out,
-        total,
         T,
-        eps,
         N=N,
         K=K,
-        BM=BM,
-        BN=BN,
+        BM=ROWS,
+        BN=config.BN,
         BK=BK,
-        HAS_NORM=norm_weight is not None,
-        HAS_Y=y is not None,
+        PIECES=config.num_warps,
         IS_SWIGLU=is_swiglu,
         IS_CHAINED=can_chain(x.device),
-        LINES=triton.next_power_of_2(triton.cdiv(K, 64)),
         launch_pdl=can_chain(x.device),
-        num_warps=LINEAR_WARPS[BM],
-        num_stages=num_stages,
+        num_warps=config.num_warps,
+        num_stages=1,
     )
 
 
@@ -279,11 +298,10 @@ def launch_short_attention(
     eps: float,
     softmax_scale: float,
     heads: tuple[int, int, int],
-    max_seqlen: int,
     is_causal: bool,
     out: torch.Tensor,
 ) -> None:
-    """Fills `out` (T, HQ · D) for sequences of at most max_seqlen tokens; `heads` is (HQ, HK, D)."""
+    """Fills `out` (T, HQ · D) for sequences of at most ROWS tokens; `heads` is (HQ, HK, D)."""
     HQ, HK, D = heads
     B = cu_seqlens.shape[0] - 1
     if B == 0 or qkv.shape[0] == 0:
@@ -300,7 +318,7 @@ def launch_short_attention(
         HQ=HQ,
         HK=HK,
         D=D,
-        BT=rows_of_tile(max_seqlen),
+        BT=ROWS,
         IS_CAUSAL=is_causal,
         HAS_NORM=q_weight is not None,
         IS_CHAINED=can_chain(qkv.device),

@@ -9,7 +9,7 @@ from jv5kernels.ops.pool import pool
 from jv5kernels.ops.qk_norm_rope import qk_norm_rope, rope_table
 from jv5kernels.ops.quantize import quantize_binary, quantize_int8
 from jv5kernels.ops.rms_norm import add_rms_norm, rms_norm
-from jv5kernels.ops.short_layer import short_attention, short_linear
+from jv5kernels.ops.short_layer import short_attention, short_linear, short_norm
 from jv5kernels.ops.swiglu import swiglu
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "rope_table",
     "short_attention",
     "short_linear",
+    "short_norm",
     "swiglu",
 ]

@@ -141,12 +141,11 @@ def run_triton(
     eps: float,
     target: Target,
 ) -> None:
-    """Fills a target of kernels/embed_output.py: one launch for a token a row, two for means."""
-    from jv5kernels.kernels.embed_output import launch_means, launch_tokens
-    from jv5kernels.kernels.pool import launch_chunk_sums, number_of_chunks
+    """Fills a target of kernels/embed_output.py, in one launch."""
+    from jv5kernels.kernels.embed_output import launch_means, launch_tokens, partial_sums
+    from jv5kernels.kernels.pool import number_of_chunks
 
-    total_tokens, width = hidden.shape
-    device, rows = hidden.device, target.out.shape[0]
+    total_tokens, device = hidden.shape[0], hidden.device
     if spans is not None:
         spans = spans_on_host(spans, total_tokens)
     if mode != "mean":
@@ -154,17 +153,13 @@ def run_triton(
         launch_tokens(hidden, bounds, mode == "lasttoken", norm_weight, eps, target)
         return
     if spans is None:
-        offsets, chunk_table, row_table = cu_seqlens, None, None
-        chunks = number_of_chunks(total_tokens, rows)
-        arrivals = torch.empty(rows, dtype=torch.int32, device=device)
+        offsets, table = cu_seqlens, None
+        programs = number_of_chunks(total_tokens, target.out.shape[0])
     else:
-        offsets = None
-        chunk_table, row_table, arrivals = span_tables(spans, device)
-        chunks = chunk_table.shape[0]
-    partials = torch.empty((chunks, width), dtype=torch.float32, device=device)
-    has_norm = norm_weight is not None
-    launch_chunk_sums(hidden, offsets, chunk_table, has_norm, eps, partials, arrivals)
-    launch_means(partials, offsets, row_table, arrivals, norm_weight, target)
+        offsets, table = None, span_table(spans, device)
+        programs = table.shape[0]
+    partials = partial_sums(hidden, programs)
+    launch_means(hidden, offsets, table, partials, norm_weight, eps, target)
 
 
 def _sent(table: Tensor, device: torch.device) -> Tensor:
@@ -172,26 +167,20 @@ def _sent(table: Tensor, device: torch.device) -> Tensor:
     return table.clone(memory_format=torch.contiguous_format).to(device, non_blocking=True)
 
 
-def span_tables(spans: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels of a mean need to know of spans, sent to a device in one copy, int32.
+def span_table(spans: Tensor, device: torch.device) -> Tensor:
+    """(chunks, 4) int32: span, number of the chunk in it, its first token and its length, for every chunk.
 
-    Returns:
-        (chunks, 2): first and last + 1 token of every chunk; (S, 2): length of every span and the number
-        of its first chunk; (S,): zeros.
+    An empty span has one chunk too: a program that stores its zeros.
     """
     from jv5kernels.kernels.pool import CHUNK
 
-    starts, ends = spans.long().unbind(1)
+    starts, ends = spans.unbind(1)
     lengths = ends - starts
-    counts = (lengths + CHUNK - 1) // CHUNK
-    firsts = counts.cumsum(0) - counts
+    counts = ((lengths + CHUNK - 1) // CHUNK).clamp_min(1)
     span_of = torch.repeat_interleave(counts)
-    begins = starts[span_of] + CHUNK * (torch.arange(len(span_of)) - firsts[span_of])
-    chunks = torch.stack([begins, torch.minimum(begins + CHUNK, ends[span_of])], 1)
-    parts = (chunks, torch.stack([lengths, firsts], 1), torch.zeros_like(lengths))
-    together = _sent(torch.cat([part.flatten() for part in parts]).int(), device)
-    chunk_table, row_table, zeros = together.split([part.numel() for part in parts])
-    return chunk_table.view(-1, 2), row_table.view(-1, 2), zeros
+    chunk_of = torch.arange(len(span_of)) - (counts.cumsum(0) - counts)[span_of]
+    columns = [span_of, chunk_of, starts[span_of], lengths[span_of]]
+    return _sent(torch.stack([column.int() for column in columns], 1), device)
 
 
 def _pool_cpp(hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: Tensor | None) -> Tensor:

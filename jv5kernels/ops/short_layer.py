@@ -1,9 +1,7 @@
-"""A layer over a few tokens in five kernels: the steps around each projection are done inside it.
+"""The steps of a layer over a few tokens, each in one kernel.
 
-For up to SHORT_TOKENS tokens a layer is bound by reading its weights and by the launches between. So a norm, a residual
-addition or an activation is cheaper done again by every program of the next projection than once by a kernel of its
-own. The matrix products add up in another order than those of the library or of `linear`, so a row may differ from
-theirs in its last bits.
+For up to SHORT_TOKENS tokens a layer is bound by reading its weights and by the launches between. The matrix products
+add up in another order than those of the library or of `linear`, so a row may differ from theirs in its last bits.
 """
 
 from __future__ import annotations
@@ -18,35 +16,60 @@ from jv5kernels.ops.qk_norm_rope import qk_norm_rope
 from jv5kernels.ops.registry import Implementation, Operator, Reason, triton_unavailable
 from jv5kernels.ops.swiglu import swiglu
 
-SHORT_TOKENS = 64
+SHORT_TOKENS = 16  # one tile of rows
 HEAD_DIMS = (32, 64, 128)
 
 
-def short_linear(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    y: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
-    is_swiglu: bool = False,
-    impl: str = "auto",
+def short_norm(
+    x: Tensor, y: Tensor | None, norm_weight: Tensor, eps: float, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Returns a projection of a few rows together with what comes before and after it.
-
-    With `norm_weight`: total = x + y in fp32, and RMSNorm(total) · weightᵀ; otherwise x · weightᵀ. With `is_swiglu`
-    the weight holds gate and then up rows, and the result is silu(gate) · up.
+    """Returns RMSNorm(x + y) and x + y, as `add_rms_norm` does, in a kernel that overlaps with the next one.
 
     Args:
-        x: (T, K), T at most SHORT_TOKENS, contiguous; float32 with a norm, else dtype of weight.
-        weight: (N, K), or (2·N, K) with `is_swiglu`, contiguous, float32, float16 or bfloat16.
-        y: (T, K), dtype of weight, contiguous; None adds nothing. Only with a norm.
-        norm_weight: (K,), dtype of weight; None for no norm.
+        x: (T, K) float32 or dtype of norm_weight, contiguous.
+        y: (T, K), dtype of norm_weight, contiguous; None adds nothing.
+        norm_weight: (K,) float32, float16 or bfloat16.
         eps: added to the mean square.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        (T, K), dtype of norm_weight, and (T, K) float32.
+
+    Raises:
+        TypeError: a dtype that is not allowed.
+        ValueError: shapes that do not fit, inputs that require gradients, an `impl` that cannot run here.
+
+    Example:
+        >>> short_norm(torch.full((1, 2), 3.0), None, torch.ones(2), 0.0)[0]
+        tensor([[1., 1.]])
+    """
+    check_tensor("norm_weight", norm_weight, ndim=1, dtypes=FLOAT_DTYPES)
+    check_tensor(
+        "x",
+        x,
+        shape=(None, norm_weight.shape[0]),
+        dtypes=(torch.float32, norm_weight.dtype),
+        device=norm_weight.device,
+    )
+    _check_contiguous("x", x)
+    if y is not None:
+        check_tensor("y", y, shape=tuple(x.shape), dtypes=(norm_weight.dtype,), device=x.device)
+        _check_contiguous("y", y)
+    return _short_norm(x, y, norm_weight, float(eps), impl)
+
+
+def short_linear(
+    x: Tensor, weight: Tensor, *, is_swiglu: bool = False, impl: str = "auto"
+) -> Tensor:
+    """Returns the projection x · weightᵀ of a few rows; with `is_swiglu` silu(gate) · up of it.
+
+    Args:
+        x: (T, K), T at most SHORT_TOKENS, contiguous, dtype of weight.
+        weight: (N, K), or (2·N, K) with `is_swiglu` (gate and then up rows), contiguous, float32, float16 or bfloat16.
         impl: "auto", "triton" (N in steps of 32, K of 256) or "torch".
 
     Returns:
-        (T, N), dtype of weight, and (T, K) float32, the total; empty without a norm.
+        (T, N), dtype of weight.
 
     Raises:
         TypeError: a dtype that is not allowed.
@@ -54,33 +77,25 @@ def short_linear(
             here.
 
     Example:
-        >>> out, total = short_linear(torch.ones(1, 2), torch.ones(3, 2), norm_weight=torch.ones(2))
-        >>> out
+        >>> short_linear(torch.ones(1, 2), torch.ones(3, 2))
         tensor([[2., 2., 2.]])
     """
     check_tensor("weight", weight, ndim=2, dtypes=FLOAT_DTYPES)
-    kind = weight.dtype if norm_weight is None else torch.float32
-    check_tensor("x", x, shape=(None, weight.shape[1]), dtypes=(kind,), device=weight.device)
+    check_tensor(
+        "x", x, shape=(None, weight.shape[1]), dtypes=(weight.dtype,), device=weight.device
+    )
     if x.shape[0] > SHORT_TOKENS:
         raise ValueError(f"x has {x.shape[0]} rows: at most {SHORT_TOKENS} are short")
     if is_swiglu and weight.shape[0] % 2:
         raise ValueError(f"weight has {weight.shape[0]} rows, which are not gate and up alike")
-    if norm_weight is not None:
-        check_tensor(
-            "norm_weight",
-            norm_weight,
-            shape=(weight.shape[1],),
-            dtypes=(weight.dtype,),
-            device=weight.device,
-        )
-    if y is not None:
-        if norm_weight is None:
-            raise ValueError("y is added before the norm, so it needs norm_weight")
-        check_tensor("y", y, shape=tuple(x.shape), dtypes=(weight.dtype,), device=x.device)
-    for name, tensor in (("x", x), ("weight", weight), ("y", y)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, not have strides {tensor.stride()}")
-    return _short_linear(x, weight, y, norm_weight, float(eps), is_swiglu, impl)
+    _check_contiguous("x", x)
+    _check_contiguous("weight", weight)
+    return _short_linear(x, weight, is_swiglu, impl)
+
+
+def _check_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, not have strides {tensor.stride()}")
 
 
 def short_attention(
@@ -148,51 +163,48 @@ def short_attention(
     )
 
 
-def _short_linear_torch(
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    is_swiglu: bool,
+def _short_norm_torch(
+    x: Tensor, y: Tensor | None, norm_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    total = x.new_empty((0,), dtype=torch.float32)
-    if norm_weight is not None:
-        total = x.clone() if y is None else x + y
-        x = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * norm_weight
-    out = F.linear(x.to(weight.dtype), weight)
-    return (swiglu(out, impl="torch") if is_swiglu else out), total
+    total = x.to(torch.float32, copy=True) if y is None else x.float() + y
+    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * norm_weight
+    return normed.to(norm_weight.dtype), total
 
 
-def _short_linear_triton(
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    is_swiglu: bool,
+def _short_norm_triton(
+    x: Tensor, y: Tensor | None, norm_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    from jv5kernels.kernels.short_layer import launch_short_linear
+    from jv5kernels.kernels.short_layer import launch_short_norm
 
-    columns = weight.shape[0] // (2 if is_swiglu else 1)
-    out = torch.empty((x.shape[0], columns), dtype=weight.dtype, device=x.device)
-    total = torch.empty(
-        x.shape if norm_weight is not None else (0,), dtype=torch.float32, device=x.device
-    )
-    launch_short_linear(
-        x, y, norm_weight, weight, eps, is_swiglu, out, None if norm_weight is None else total
-    )
+    out = torch.empty_like(x, dtype=norm_weight.dtype)
+    total = torch.empty_like(x, dtype=torch.float32)
+    launch_short_norm(x, y, norm_weight, eps, out, total)
     return out, total
 
 
-def _linear_unsupported(
-    x: Tensor, weight: Tensor, y: Tensor | None, norm_weight: Tensor | None, *rest: object
-) -> Reason:
+def _short_linear_torch(x: Tensor, weight: Tensor, is_swiglu: bool) -> Tensor:
+    out = F.linear(x, weight)
+    return swiglu(out, impl="torch") if is_swiglu else out
+
+
+def _short_linear_triton(x: Tensor, weight: Tensor, is_swiglu: bool) -> Tensor:
+    from jv5kernels.kernels.short_layer import launch_short_linear
+
+    out = _projected(x, weight, is_swiglu)
+    launch_short_linear(x, weight, is_swiglu, out)
+    return out
+
+
+def _projected(x: Tensor, weight: Tensor, is_swiglu: bool) -> Tensor:
+    return weight.new_empty((x.shape[0], weight.shape[0] // (2 if is_swiglu else 1)))
+
+
+def _linear_unsupported(x: Tensor, weight: Tensor, is_swiglu: bool, *_: object) -> Reason:
     from jv5kernels.kernels.short_layer import fits
 
     if weight.dtype == torch.float32 and weight.is_cuda:
-        return "the kernel's tiles of float32 weights do not fit into shared memory"
-    columns = weight.shape[0] // (2 if rest[-1] else 1)
+        return "the kernel's tiles of float32 weights do not fit into registers"
+    columns = weight.shape[0] // (2 if is_swiglu else 1)
     if not fits(columns, weight.shape[1]):
         return f"the kernel takes N in steps of 32 and K in steps of 256, not {columns} and {weight.shape[1]}"
     return None
@@ -255,37 +267,35 @@ def _short_attention_triton(
         eps,
         head_dim**-0.5,
         (num_heads, num_kv_heads, head_dim),
-        max_seqlen,
         causal,
         out,
     )
     return out
 
 
-def _fake_linear(
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    is_swiglu: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    columns = weight.shape[0] // (2 if is_swiglu else 1)
-    total = x.shape if norm_weight is not None else (0,)
-    return weight.new_empty((x.shape[0], columns)), x.new_empty(total, dtype=torch.float32)
-
+_short_norm = Operator(
+    name="short_norm",
+    schema="(Tensor x, Tensor? y, Tensor norm_weight, float eps, str impl) -> (Tensor, Tensor)",
+    implementations={
+        "triton": Implementation(_short_norm_triton, triton_unavailable),
+        "torch": Implementation(_short_norm_torch),
+    },
+    auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    fake=lambda x, y, norm_weight, *_: (
+        torch.empty_like(x, dtype=norm_weight.dtype),
+        torch.empty_like(x, dtype=torch.float32),
+    ),
+)
 
 _short_linear = Operator(
     name="short_linear",
-    schema="(Tensor x, Tensor weight, Tensor? y, Tensor? norm_weight, float eps, bool is_swiglu, "
-    "str impl) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor weight, bool is_swiglu, str impl) -> Tensor",
     implementations={
         "triton": Implementation(_short_linear_triton, triton_unavailable, _linear_unsupported),
         "torch": Implementation(_short_linear_torch),
     },
     auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
-    fake=_fake_linear,
+    fake=lambda x, weight, is_swiglu, *_: _projected(x, weight, is_swiglu),
 )
 
 _short_attention = Operator(

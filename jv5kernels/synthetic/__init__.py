@@ -1,1 +1,1 @@
-"""Checkpoints with random weights in the real layouts, for tests, benches and the demo."""
+"""Checkpoints with random weights in the real layouts, for tests and benches."""

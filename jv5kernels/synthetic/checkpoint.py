@@ -1,4 +1,4 @@
-"""Checkpoints with random weights in the real layouts: for tests, benches and the demo.
+"""Checkpoints with random weights in the real layouts: for tests and benches.
 
 Activations neither die nor explode: linear layers have standard deviation 1/√fan_in, those that end a branch are
 smaller by √(2·layers), embeddings have 1, norms lie near 1, and an adapter changes every matrix by about 15 %. A base
