@@ -126,22 +126,21 @@ def _languages(scores: Sequence[Score], axes: Any) -> bool:
 
 def _measures(scores: Sequence[Score], axes: Any) -> bool:
     """Everything that is no nDCG, whose name begins with who it is of."""
+    others = [score for score in scores if score.metric != "ndcg_at_10"]
+    teacher = {(s.work, s.metric): s.value for s in others if s.impl == "teacher"}
     found: dict[str, dict[str, float]] = {}
-    for score in scores:
-        if score.metric != "ndcg_at_10":
-            who, _, of = score.impl.partition(", ")
-            metric = METRICS.get(score.metric, score.metric)
-            name = f"{score.work},\n{metric}" + (f" ({of})" if of else "")
-            found.setdefault(name, {})[who] = score.value
-    teacher = {n.partition(" (")[0]: v["teacher"] for n, v in found.items() if "teacher" in v}
-    names = [name for name in found if "model" in found[name]]
-    if axes is None or not names:
-        return bool(names)
-    for name in names:
-        plain = name.partition(" (")[0] if name not in teacher else name
-        if plain in teacher:
-            found[name]["teacher"] = teacher[plain]
-    _pairs_of_bars(axes, {name: found[name] for name in names}, ("model", "teacher"), small=True)
+    for score in others:
+        who, _, adapter = score.impl.partition(", ")
+        if who != "model":
+            continue
+        metric = METRICS.get(score.metric, score.metric)
+        name = f"{score.work},\n{metric}" + (f" ({adapter})" if adapter else "")
+        found[name] = {"model": score.value}
+        if (score.work, score.metric) in teacher:
+            found[name]["teacher"] = teacher[score.work, score.metric]
+    if axes is None or not found:
+        return bool(found)
+    _pairs_of_bars(axes, found, ("model", "teacher"), small=True)
     axes.set_title("other measures", loc="left", fontsize=10)
     return True
 
