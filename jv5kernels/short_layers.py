@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jv5kernels.backbone import LayerWeights, PackedBackbone
+from jv5kernels.backbone import LayerWeights, PackedBackbone, Projection
 from jv5kernels.ops.registry import triton_unavailable
 from jv5kernels.ops.short_layer import (
     HEAD_DIMS,
@@ -48,12 +48,17 @@ def takes_short_layers(backbone: PackedBackbone, tokens: int) -> bool:
 def _has_tiled_weights(layer: LayerWeights) -> bool:
     from jv5kernels.kernels.short_layer import fits
 
-    weights = (layer.qkv, layer.o, layer.gate_up, layer.down)
-    rows = [w.weight.shape[0] // (2 if w is layer.gate_up else 1) for w in weights]
-    return all(
-        fits(n, w.weight.shape[1]) and not w.low_rank and w.weight.is_contiguous()
-        for n, w in zip(rows, weights, strict=True)
-    )
+    def is_tiled(projection: Projection, is_swiglu: bool = False) -> bool:
+        weight = projection.weight
+        columns = weight.shape[0] // (1 + is_swiglu)
+        return (
+            fits(columns, weight.shape[1], is_swiglu)
+            and not projection.low_rank
+            and weight.is_contiguous()
+        )
+
+    plain = (layer.qkv, layer.o, layer.down)
+    return all(map(is_tiled, plain)) and is_tiled(layer.gate_up, is_swiglu=True)
 
 
 def forward_short(backbone: PackedBackbone, batch: PackedBatch) -> tuple[Tensor, Tensor]:

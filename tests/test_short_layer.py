@@ -183,6 +183,15 @@ def test_opcheck(device):
     )
 
 
+def test_weights_beyond_the_registers_take_the_usual_kernels():
+    from jv5kernels.kernels.short_layer import fits
+
+    assert all(fits(*shape) for shape in PROJECTIONS)
+    # Projections of a Qwen3 model of width 2560.
+    for shape in ((6144, 2560, False), (2560, 9728, False), (9728, 2560, True)):
+        assert not fits(*shape), shape
+
+
 MODULE = "jv5kernels.kernels.short_layer"
 # (N, K, SwiGLU) of small's and nano's projections.
 PROJECTIONS = [

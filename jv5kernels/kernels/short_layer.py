@@ -52,6 +52,8 @@ CONFIGS = {
 }
 # Columns from which 32 a program leave a program for each multiprocessor; values of K that fill the registers of 16.
 WIDE, DEEP = 2048, 3072
+# 16-bit values of a thread: 192 of 255 registers, as many as small's widest projections take without spills.
+MAX_VALUES = 384
 
 
 @triton.jit
@@ -229,9 +231,13 @@ def config_of(columns: int, inner: int, is_swiglu: bool) -> tuple[Config, int]:
     return config, min(config.max_BK, inner & -inner)
 
 
-def fits(columns: int, inner: int) -> bool:
-    """Whether tiles cover a weight (columns, inner) without a rest."""
-    return columns % 32 == 0 and inner % 256 == 0
+def fits(columns: int, inner: int, is_swiglu: bool) -> bool:
+    """Whether tiles cover a weight (columns, inner) without a rest, and registers hold a program's part and x."""
+    if columns % 32 or inner % 256:
+        return False
+    config, _ = config_of(columns, inner, is_swiglu)
+    values = (ROWS + config.BN * (1 + is_swiglu)) * inner
+    return values <= MAX_VALUES * 32 * config.num_warps
 
 
 def launch_short_norm(

@@ -66,7 +66,7 @@ def short_linear(
     Args:
         x: (T, K), T at most SHORT_TOKENS, contiguous, dtype of weight.
         weight: (N, K), or (2·N, K) with `is_swiglu` (gate and then up rows), contiguous, float32, float16 or bfloat16.
-        impl: "auto", "triton" (N in steps of 32, K of 256) or "torch".
+        impl: "auto", "triton" (N in steps of 32, K of 256, as far as registers go) or "torch".
 
     Returns:
         (T, N), dtype of weight.
@@ -205,8 +205,11 @@ def _linear_unsupported(x: Tensor, weight: Tensor, is_swiglu: bool, *_: object) 
     if weight.dtype == torch.float32 and weight.is_cuda:
         return "the kernel's tiles of float32 weights do not fit into registers"
     columns = weight.shape[0] // (2 if is_swiglu else 1)
-    if not fits(columns, weight.shape[1]):
-        return f"the kernel takes N in steps of 32 and K in steps of 256, not {columns} and {weight.shape[1]}"
+    if not fits(columns, weight.shape[1], is_swiglu):
+        return (
+            "the kernel takes N in steps of 32 and K in steps of 256 as far as registers go, "
+            f"not {columns} and {weight.shape[1]}"
+        )
     return None
 
 
