@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -21,6 +20,8 @@ from jv5kernels.cli import main
 from jv5kernels.comparison.peers import merged_reference, sentence_transformers_peer
 from jv5kernels.packaged import PACKAGED, packaged_folder
 from jv5kernels.synthetic.checkpoint import TASKS, write_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FOLDER = packaged_folder()
 MOST_BYTES = 16 * 2**20
@@ -360,15 +361,6 @@ def test_the_examples_of_the_card_run(
     assert cosines(encoder.encode_document(DOCUMENTS[:1]), hidden).min() >= 0.999999
     compression, mail = re.findall(r"[\d.]+", capsys.readouterr().out)
     assert float(mail) > float(compression)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """More threads mostly wait for each other at this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_package_without_the_files_says_which_is_missing(

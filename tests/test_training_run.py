@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,8 @@ from jv5kernels.training.student import (
     with_adapter,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = RECIPE.scaled(0.02, batch=8)
 TINY = replace(
     SMALL,
@@ -55,15 +56,6 @@ TASKS = ("retrieval", "text-matching", "clustering", "classification")
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """More threads only wait for each other at this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_of(folder: Path, teacher: Path, device: str = "cpu") -> Run:
