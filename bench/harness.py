@@ -248,8 +248,11 @@ def print_records(records: Iterable[dict[str, Any]]) -> None:
 
 
 def same_size_copy(nbytes: int) -> Callable[[], torch.Tensor]:
-    """A copy on the device that moves `nbytes`, half of them in and half out."""
-    source = torch.zeros(nbytes // 2, dtype=torch.uint8, device="cuda")
+    """A copy on the device that moves `nbytes`, half of them in and half out, in whole 16-byte words.
+
+    Of a size off that grid, the library's copy is slower by half.
+    """
+    source = torch.zeros(-(-nbytes // 32) * 16, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 

@@ -3,10 +3,12 @@
 What differs between the families (causal or not, q/k norm, grouped heads) is read from a `ModelSpec`. Per layer
 
     x, residual = add_rms_norm(y, residual)                (the addition of the previous block and this block's norm)
-    q, k, v     = x · Wqkvᵀ;  qk_norm_rope in place
+    q, k, v     = linear_qk_norm_rope(x, Wqkv)
     y           = attention · Woᵀ
     x, residual = add_rms_norm(y, residual)
-    y           = linear_swiglu(x, Wgate_up) · Wdownᵀ      (SwiGLU in the GEMM's epilogue where that is faster)
+    y           = linear_swiglu(x, Wgate_up) · Wdownᵀ
+
+Norm and rotation of the heads, and SwiGLU, are done in the GEMM's epilogue where that is faster.
 
 The residual stream is fp32 in every compute dtype: rounded to bf16 at each of its additions, it would carry most of the
 error of a deep model. (Adding to it in the GEMM's epilogue was tried: bench/log_epilogues.md.)
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from jv5kernels.model_spec import ModelSpec
 from jv5kernels.ops.attention import attention_varlen
 from jv5kernels.ops.attention_pooled import attention_pooled
 from jv5kernels.ops.linear import linear
+from jv5kernels.ops.linear_qk_norm_rope import linear_qk_norm_rope
 from jv5kernels.ops.linear_swiglu import keeps_intermediate, linear_swiglu
 from jv5kernels.ops.qk_norm_rope import qk_norm_rope
 from jv5kernels.ops.rms_norm import add_rms_norm, rms_norm
@@ -217,19 +221,29 @@ class PackedBackbone:
             return rms_norm(residual, weight, eps, dtype=self.dtype), residual
         return add_rms_norm(y, residual, weight, eps)
 
-    def _rotate(
-        self, projected: Tensor, positions: Tensor, layer: LayerWeights, heads: int, kv_heads: int
+    def _project(
+        self,
+        x: Tensor,
+        qkv: Projection,
+        layer: LayerWeights,
+        positions: Tensor,
+        heads: int,
+        kv_heads: int,
     ) -> Tensor:
-        return qk_norm_rope(
-            projected,
-            positions,
-            self.rope,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=self.spec.head_dim,
-            q_weight=layer.q_norm,
-            k_weight=layer.k_norm,
-            eps=self.spec.rms_norm_eps,
+        """Some heads of queries, keys and values of x, normed and rotated: `qkv` has their part of the weight."""
+        rotation: dict[str, Any] = {
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": self.spec.head_dim,
+            "q_weight": layer.q_norm,
+            "k_weight": layer.k_norm,
+            "eps": self.spec.rms_norm_eps,
+        }
+        if qkv.low_rank:
+            projected = qkv(x, self.batch_invariant)
+            return qk_norm_rope(projected, positions, self.rope, **rotation)
+        return linear_qk_norm_rope(
+            x, qkv.weight, positions, self.rope, batch_invariant=self.batch_invariant, **rotation
         )
 
     def _split_kv(self, kv: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,8 +252,7 @@ class PackedBackbone:
 
     def _attention(self, x: Tensor, layer: LayerWeights, batch: PackedBatch) -> Tensor:
         spec = self.spec
-        qkv = layer.qkv(x, self.batch_invariant)
-        self._rotate(qkv, batch.positions, layer, spec.num_heads, spec.num_kv_heads)
+        qkv = self._project(x, layer.qkv, layer, batch.positions, spec.num_heads, spec.num_kv_heads)
         q = qkv[:, : spec.q_width].unflatten(-1, (spec.num_heads, spec.head_dim))
         k, v = self._split_kv(qkv[:, spec.q_width :])
         out = attention_varlen(
@@ -274,14 +287,16 @@ class PackedBackbone:
         """The last layer for the tokens in `rows` (B,) alone; hidden states before the final norm, (B, C) fp32."""
         spec, layer = self.spec, self.layers[-1]
         x, residual = self._norm(y, residual, layer.input_norm)
-        kv = layer.qkv.columns(spec.q_width, spec.qkv_width)(x, self.batch_invariant)
-        self._rotate(kv, batch.positions, layer, 0, spec.num_kv_heads)
-        k, v = self._split_kv(kv)
+        columns = layer.qkv.columns(spec.q_width, spec.qkv_width)
+        k, v = self._split_kv(
+            self._project(x, columns, layer, batch.positions, 0, spec.num_kv_heads)
+        )
 
         rows = rows.long()
         positions = batch.positions[rows]
-        q = layer.qkv.columns(0, spec.q_width)(x[rows], self.batch_invariant)
-        self._rotate(q, positions, layer, spec.num_heads, 0)
+        q = self._project(
+            x[rows], layer.qkv.columns(0, spec.q_width), layer, positions, spec.num_heads, 0
+        )
         out = attention_pooled(
             q.unflatten(-1, (spec.num_heads, spec.head_dim)),
             k,

@@ -20,12 +20,14 @@ import torch
 import triton
 import triton.language as tl
 
-# Elements of half a head that a program holds: 16 bytes of bf16 for each of 128 threads.
-TILE_ELEMENTS = 1024
+# Timed on an H200 at 32768 tokens, in percent of the speed of a copy of as many bytes, small and nano: 94 and 94;
+# with 1024 elements 93 and 89, with 2048 elements 93 and 86.
+# Elements of half a head that a program holds: 8 bytes of bf16 for each of 128 threads.
+TILE_ELEMENTS = 512
 NUM_WARPS = 4
-# Heads of one program at most: more would read cos_sin less often, but leave short inputs with one
-# program and long ones with an uneven last wave.
-MAX_HEADS = 4
+# Heads of one program at most: more would read cos_sin less often (4: 97 and 91), but leave short inputs with one
+# program and long ones with an uneven last wave (12: 95 and 82).
+MAX_HEADS = 2
 
 
 @triton.jit(do_not_specialize=["T", "P"])

@@ -4,6 +4,7 @@ from jv5kernels.ops.attention import attention_varlen
 from jv5kernels.ops.attention_pooled import attention_pooled
 from jv5kernels.ops.embed_output import embed_output
 from jv5kernels.ops.linear import linear
+from jv5kernels.ops.linear_qk_norm_rope import linear_qk_norm_rope
 from jv5kernels.ops.linear_swiglu import linear_swiglu
 from jv5kernels.ops.pool import pool
 from jv5kernels.ops.qk_norm_rope import qk_norm_rope, rope_table
@@ -18,6 +19,7 @@ __all__ = [
     "attention_varlen",
     "embed_output",
     "linear",
+    "linear_qk_norm_rope",
     "linear_swiglu",
     "pool",
     "qk_norm_rope",

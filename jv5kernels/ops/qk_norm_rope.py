@@ -68,30 +68,20 @@ def qk_norm_rope(
     """
     check_tensor("qkv", qkv, ndim=2, dtypes=REFERENCE_DTYPES)
     tokens, width = qkv.shape
-    _check_heads(width, num_heads, num_kv_heads, head_dim)
+    check_heads(width, num_heads, num_kv_heads, head_dim)
     if tokens > 1 and qkv.stride(0) < width:
         raise ValueError(f"qkv is written in place: its rows overlap (strides {qkv.stride()})")
-    check_tensor("positions", positions, shape=(tokens,), dtypes=(torch.int32,), device=qkv.device)
-    check_tensor(
-        "cos_sin",
+    check_rotation(
+        tokens,
+        positions,
         cos_sin,
-        shape=(None, head_dim),
-        dtypes=(torch.float32, torch.float64),
-        device=qkv.device,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        q_weight,
+        k_weight,
+        qkv.device,
     )
-    if not cos_sin.is_contiguous() or cos_sin.shape[0] == 0:
-        raise ValueError(
-            "cos_sin must be contiguous with at least one row, not have shape "
-            f"{tuple(cos_sin.shape)} and strides {cos_sin.stride()}"
-        )
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None:
-            check_tensor(
-                name, weight, shape=(head_dim,), dtypes=REFERENCE_DTYPES, device=qkv.device
-            )
-    if num_heads and num_kv_heads and (q_weight is None) != (k_weight is None):
-        missing = "q_weight" if q_weight is None else "k_weight"
-        raise ValueError(f"q_weight and k_weight go together, {missing} is None")
     _qk_norm_rope(
         qkv,
         positions,
@@ -105,6 +95,39 @@ def qk_norm_rope(
         impl,
     )
     return qkv
+
+
+def check_rotation(
+    tokens: int,
+    positions: Tensor,
+    cos_sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    device: torch.device,
+) -> None:
+    """Raises TypeError or ValueError unless positions, table and weights fit the heads of `tokens` tokens."""
+    check_tensor("positions", positions, shape=(tokens,), dtypes=(torch.int32,), device=device)
+    check_tensor(
+        "cos_sin",
+        cos_sin,
+        shape=(None, head_dim),
+        dtypes=(torch.float32, torch.float64),
+        device=device,
+    )
+    if not cos_sin.is_contiguous() or cos_sin.shape[0] == 0:
+        raise ValueError(
+            "cos_sin must be contiguous with at least one row, not have shape "
+            f"{tuple(cos_sin.shape)} and strides {cos_sin.stride()}"
+        )
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            check_tensor(name, weight, shape=(head_dim,), dtypes=REFERENCE_DTYPES, device=device)
+    if num_heads and num_kv_heads and (q_weight is None) != (k_weight is None):
+        missing = "q_weight" if q_weight is None else "k_weight"
+        raise ValueError(f"q_weight and k_weight go together, {missing} is None")
 
 
 def rope_table(
@@ -144,7 +167,15 @@ def rope_table(
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
 
 
-def _check_heads(width: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+def check_heads(
+    width: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    what: str = "qkv",
+    axis: str = "columns",
+) -> None:
+    """Raises ValueError unless `width` is that of the heads of queries, keys and values."""
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim & (head_dim - 1):
         raise ValueError(f"head_dim must be 32, 64, 128 or 256, not {head_dim}")
     for name, heads in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
@@ -155,7 +186,7 @@ def _check_heads(width: int, num_heads: int, num_kv_heads: int, head_dim: int) -
     expected = (num_heads + 2 * num_kv_heads) * head_dim
     if width != expected:
         raise ValueError(
-            f"qkv must have (num_heads + 2·num_kv_heads)·head_dim = {expected} columns, not {width}"
+            f"{what} must have (num_heads + 2·num_kv_heads)·head_dim = {expected} {axis}, not {width}"
         )
 
 
