@@ -2,13 +2,14 @@
 
 What differs between the families (causal or not, q/k norm, grouped heads) is read from a `ModelSpec`. Per layer
 
-    x, residual = add_rms_norm(y, residual)                (the addition of the previous block and this block's norm)
+    x, residual = add_rms_norm(y, residual, also=z)        (the additions of the previous layer and this block's norm)
     q, k, v     = linear_qk_norm_rope(x, Wqkv)
     y           = attention · Woᵀ
-    x, residual = add_rms_norm(y, residual)
-    y           = linear_swiglu(x, Wgate_up) · Wdownᵀ
+    x           = rms_norm(residual, added=y)
+    z           = linear_swiglu(x, Wgate_up) · Wdownᵀ
 
-Norm and rotation of the heads, and SwiGLU, are done in the GEMM's epilogue where that is faster.
+Norm and rotation of the heads, and SwiGLU, are done in the GEMM's epilogue where that is faster. The stream between
+attention and MLP is not written, and so y is added twice: in a norm that reads both, then with z.
 
 The residual stream is fp32 in every compute dtype: rounded to bf16 at each of its additions, it would carry most of the
 error of a deep model. (Adding to it in the GEMM's epilogue was tried: bench/log_epilogues.md.)
@@ -38,6 +39,10 @@ from jv5kernels.packing import PackedBatch
 
 # Tokens of one pass through the MLP where the intermediate is written: 3·F values a token bound the memory otherwise.
 MLP_CHUNK_TOKENS = 16384
+
+
+# What is still to be added to the residual stream, in this order: outputs of attention and of the MLP, or nothing.
+Pending = tuple[Tensor, Tensor] | tuple[()]
 
 
 @dataclass(frozen=True)
@@ -175,8 +180,8 @@ class PackedBackbone:
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Returns the hidden states of all tokens after the final norm, (T, C)."""
-        y, residual = self._run_layers(batch, self.layers)
-        return self._norm(y, residual, self.norm_weight)[0]
+        residual, pending = self._run_layers(batch, self.layers)
+        return self._norm(residual, pending, self.norm_weight)[0]
 
     def forward_pooled(self, batch: PackedBatch, pooling: str) -> tuple[Tensor, Tensor]:
         """Returns what pooling needs: hidden states before the final norm, and their cu_seqlens.
@@ -188,38 +193,41 @@ class PackedBackbone:
             (B, C) or (T, C) fp32, and cu_seqlens (B+1,) int32 that fit it.
         """
         if pooling == "mean":
-            y, residual = self._run_layers(batch, self.layers)
-            return _total(y, residual), batch.cu_seqlens
-        y, residual = self._run_layers(batch, self.layers[:-1])
+            return _total(*self._run_layers(batch, self.layers)), batch.cu_seqlens
+        residual, pending = self._run_layers(batch, self.layers[:-1])
         if pooling == "lasttoken":
             rows = batch.cu_seqlens[1:] - 1
         else:
             # An empty sequence at the end starts past the last token.
             rows = batch.cu_seqlens[:-1].clamp(max=batch.total_tokens - 1)
-        hidden = self._last_layer(y, residual, batch, rows)
+        hidden = self._last_layer(residual, pending, batch, rows)
         return hidden, torch.arange(len(batch) + 1, dtype=torch.int32, device=hidden.device)
 
     def _run_layers(
         self, batch: PackedBatch, layers: Sequence[LayerWeights]
-    ) -> tuple[Tensor | None, Tensor]:
-        """The fp32 residual stream after `layers`, and what is still to be added to it, if anything."""
-        y: Tensor | None = None
+    ) -> tuple[Tensor, Pending]:
+        """The fp32 residual stream after `layers`, and what is still to be added to it."""
+        pending: Pending = ()
         residual = torch.nn.functional.embedding(batch.input_ids, self.embedding).float()
         for layer in layers:
-            x, residual = self._norm(y, residual, layer.input_norm)
-            del y
+            x, residual = self._norm(residual, pending, layer.input_norm)
+            del pending
             y = layer.o(self._attention(x, layer, batch), self.batch_invariant)
-            x, residual = self._norm(y, residual, layer.post_norm)
+            # The stream with y is not written: the next layer's norm adds y once more, before z.
+            x = rms_norm(
+                residual, layer.post_norm, self.spec.rms_norm_eps, added=y, dtype=self.dtype
+            )
+            pending = (y, self._mlp(x, layer))
             del y
-            y = self._mlp(x, layer, residual)
-        return y, residual
+        return residual, pending
 
-    def _norm(self, y: Tensor | None, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """RMSNorm of the residual stream with y, in the compute dtype, and that stream."""
+    def _norm(self, residual: Tensor, pending: Pending, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream with what is pending: its RMSNorm in the compute dtype, and itself."""
         eps = self.spec.rms_norm_eps
-        if y is None:
+        if not pending:
             return rms_norm(residual, weight, eps, dtype=self.dtype), residual
-        return add_rms_norm(y, residual, weight, eps)
+        y, z = pending
+        return add_rms_norm(y, residual, weight, eps, also=z)
 
     def _project(
         self,
@@ -266,8 +274,7 @@ class PackedBackbone:
         )
         return out.flatten(1)
 
-    def _mlp(self, x: Tensor, layer: LayerWeights, residual: Tensor) -> Tensor | None:
-        """Adds the MLP of x to the residual stream, or returns what is still to be added to it."""
+    def _mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
         if not layer.gate_up.low_rank and keeps_intermediate(
             x, layer.gate_up.weight, self.batch_invariant
         ):
@@ -276,17 +283,18 @@ class PackedBackbone:
         if x.shape[0] <= MLP_CHUNK_TOKENS:
             inner = swiglu(layer.gate_up(x, self.batch_invariant))
             return layer.down(inner, self.batch_invariant)
-        chunks = zip(x.split(MLP_CHUNK_TOKENS), residual.split(MLP_CHUNK_TOKENS), strict=True)
-        for x_chunk, residual_chunk in chunks:
-            _total(self._mlp(x_chunk, layer, residual_chunk), residual_chunk)
-        return None
+        out = torch.empty_like(x)
+        chunks = zip(x.split(MLP_CHUNK_TOKENS), out.split(MLP_CHUNK_TOKENS), strict=True)
+        for x_chunk, out_chunk in chunks:
+            out_chunk.copy_(self._mlp(x_chunk, layer))
+        return out
 
     def _last_layer(
-        self, y: Tensor | None, residual: Tensor, batch: PackedBatch, rows: Tensor
+        self, residual: Tensor, pending: Pending, batch: PackedBatch, rows: Tensor
     ) -> Tensor:
         """The last layer for the tokens in `rows` (B,) alone; hidden states before the final norm, (B, C) fp32."""
         spec, layer = self.spec, self.layers[-1]
-        x, residual = self._norm(y, residual, layer.input_norm)
+        x, residual = self._norm(residual, pending, layer.input_norm)
         columns = layer.qkv.columns(spec.q_width, spec.qkv_width)
         k, v = self._split_kv(
             self._project(x, columns, layer, batch.positions, 0, spec.num_kv_heads)
@@ -307,10 +315,12 @@ class PackedBackbone:
         )
         residual = residual[rows]
         y = layer.o(out.flatten(1), self.batch_invariant)
-        x, residual = self._norm(y, residual, layer.post_norm)
-        return _total(self._mlp(x, layer, residual), residual)
+        x = rms_norm(residual, layer.post_norm, spec.rms_norm_eps, added=y, dtype=self.dtype)
+        return _total(residual, (y, self._mlp(x, layer)))
 
 
-def _total(y: Tensor | None, residual: Tensor) -> Tensor:
+def _total(residual: Tensor, pending: Pending) -> Tensor:
     """The residual stream with what is still to be added to it, in place."""
-    return residual if y is None else residual.add_(y)
+    for y in pending:
+        residual.add_(y)
+    return residual

@@ -44,14 +44,14 @@ def memory_model(spec: ModelSpec, dtype: torch.dtype) -> MemoryModel:
     """The memory model of an architecture in a compute dtype.
 
     The bound follows the layer loop: around attention the fp32 residual stream, the block's input and output
-    (2·C), the fused projection and the attention output are alive; in the MLP the residual stream, input
-    and output, and either F for all tokens (SwiGLU in the GEMM's epilogue) or 3·F + C for one chunk of them.
+    (2·C), the fused projection and the attention output are alive; in the MLP the residual stream, what attention
+    adds to it, input and output, and either F for all tokens (SwiGLU in the GEMM's epilogue) or 3·F + C for one chunk.
 
     Example:
         >>> memory_model(spec, torch.bfloat16).peak(32768)  # small: 1.9 GB
     """
     width = spec.hidden_size
-    inner = max(spec.q_width + spec.qkv_width, spec.intermediate_size)
+    inner = max(spec.q_width + spec.qkv_width, spec.intermediate_size + width)
     intermediate = width + 3 * spec.intermediate_size
     linear = spec.num_layers * (
         width * (spec.qkv_width + spec.q_width) + 3 * width * spec.intermediate_size

@@ -73,6 +73,23 @@ def test_add_rms_norm_matches_float64(shape, dtype, impl, device, poisoned_memor
     )
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 768), (7, 100), (2, 2050)])
+def test_sums_that_are_not_written_and_sums_of_three(shape, dtype, impl, device, poisoned_memory):
+    """What a layer does: norm of stream + y, later of (stream + y) + z, with the bits of one addition at a time."""
+    y, z = draw(shape, dtype, device), draw(shape, dtype, device, seed=3)
+    stream = draw(shape, torch.float32, device, seed=2)
+    weight = draw(shape[1:], dtype, device, seed=1)
+    first, total = add_rms_norm(y, stream, weight, EPS, impl=impl)
+    assert torch.equal(rms_norm(stream, weight, EPS, added=y, dtype=dtype, impl=impl), first)
+    expected = add_rms_norm(z, total, weight, EPS, impl=impl)
+    for out, one in zip(
+        add_rms_norm(y, stream, weight, EPS, also=z, impl=impl), expected, strict=True
+    ):
+        assert torch.equal(out, one)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [768, 1024])
@@ -138,11 +155,13 @@ def test_scale_invariance(scale, seed):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl, device):
     x, weight = draw((5, 32), torch.float32, device), draw((32,), torch.float32, device)
-    torch.library.opcheck(torch.ops.jv5kernels.rms_norm.default, (x, weight, EPS, None, impl))
+    torch.library.opcheck(torch.ops.jv5kernels.rms_norm.default, (x, None, weight, EPS, None, impl))
     torch.library.opcheck(
-        torch.ops.jv5kernels.rms_norm.default, (x, weight, EPS, torch.bfloat16, impl)
+        torch.ops.jv5kernels.rms_norm.default, (x, x, weight, EPS, torch.bfloat16, impl)
     )
-    torch.library.opcheck(torch.ops.jv5kernels.add_rms_norm.default, (x, x, weight, EPS, impl))
+    for also in (None, x):
+        arguments = (x, x, also, weight, EPS, impl)
+        torch.library.opcheck(torch.ops.jv5kernels.add_rms_norm.default, arguments)
 
 
 def test_compiles_without_graph_breaks():
@@ -159,6 +178,10 @@ def test_errors_name_the_argument():
         rms_norm(x, torch.ones(7), EPS)
     with pytest.raises(ValueError, match=r"residual must have shape \(2, 8\)"):
         add_rms_norm(x, torch.ones(3, 8), weight, EPS)
+    with pytest.raises(ValueError, match=r"also must have shape \(2, 8\)"):
+        add_rms_norm(x, x, weight, EPS, also=torch.ones(3, 8))
+    with pytest.raises(TypeError, match="added has dtype int64"):
+        rms_norm(x, weight, EPS, added=x.long())
     with pytest.raises(ValueError, match="impl='cuda' is no implementation of rms_norm"):
         rms_norm(x, weight, EPS, impl="cuda")
     with pytest.raises(ValueError, match="computes no gradients"):
@@ -167,36 +190,36 @@ def test_errors_name_the_argument():
         rms_norm(x.detach().double(), weight, EPS, impl="triton")
 
 
-def sm90_case(width: int, dtype: str, has_residual: bool, residual_dtype: str = "") -> Case:
+def sm90_case(width: int, dtype: str, given: tuple[str, ...], stream: str = "") -> Case:
+    """A launch with the pointers of `given`, of which the residual stream and its sum may have a dtype of their own."""
     from jv5kernels.kernels.rms_norm import tile
 
-    pointers = ["x", "weight", "out"] + ["residual", "total"] * has_residual
-    types = {name: f"*{dtype}" for name in pointers}
-    if residual_dtype:
-        types |= {"residual": f"*{residual_dtype}", "total": f"*{residual_dtype}"}
-    scalars = {"stride_xt": "i32", "stride_rt": "i32", "T": "i32", "eps": "fp32"}
-    CHUNKS, BT, BC = tile(width, 4 if "fp32" in (dtype, residual_dtype) else 2)
-    constants = {"C": width, "CHUNKS": CHUNKS, "BT": BT, "BC": BC, "HAS_RESIDUAL": has_residual}
-    if not has_residual:
-        constants |= {"residual": None, "total": None}
+    types = {name: f"*{dtype}" for name in ("x", "weight", "out", *given)}
+    types |= {name: f"*{stream or dtype}" for name in given if name in ("residual", "total")}
+    scalars = {name: "i32" for name in ("stride_xt", "stride_rt", "stride_at", "T")}
+    CHUNKS, BT, BC = tile(width, 4 if "fp32" in (dtype, stream) else 2)
+    constants = {"C": width, "CHUNKS": CHUNKS, "BT": BT, "BC": BC}
+    constants |= {name: None for name in ("residual", "also", "total") if name not in given}
     return Case(
         "jv5kernels.kernels.rms_norm",
         "rms_norm_kernel",
-        types | scalars,
+        types | scalars | {"eps": "fp32"},
         constants,
-        divisible=("stride_xt", "stride_rt"),
+        divisible=("stride_xt", "stride_rt", "stride_at"),
     )
 
 
 def test_compiles_for_sm90():
-    cases = [sm90_case(width, "bf16", added) for width in (768, 1024) for added in (False, True)]
-    cases += [sm90_case(1024, "fp32", True), sm90_case(4096, "bf16", True)]
+    added = ("residual", "total")
+    cases = [sm90_case(width, "bf16", given) for width in (768, 1024) for given in ((), added)]
+    cases += [sm90_case(1024, "fp32", added), sm90_case(4096, "bf16", added)]
     *shipped, wide = compile_for_sm90(cases)
     for report in (*shipped, wide):
         report.check(max_registers=96)
         accesses = re.findall(r"(?:ld|st)\.global.*", report.ptx)
         assert accesses and all(".v4" in line for line in accesses)
-    mixed = [sm90_case(width, "bf16", True, residual_dtype="fp32") for width in (768, 1024)]
+    layer = [added, ("residual",), ("residual", "also", "total")]
+    mixed = [sm90_case(width, "bf16", given, "fp32") for width in (768, 1024) for given in layer]
     for report in shipped + compile_for_sm90(mixed):
-        report.check(max_registers=96)
+        report.check(max_registers=128)
         assert report.shared == 0, "a row passes through shared memory"

@@ -1,6 +1,6 @@
 """RMSNorm, with or without the residual addition, one pass over the rows.
 
-    total = x (+ residual)                       [T, C], fp32 in registers
+    total = x (+ residual (+ also))              [T, C], fp32 in registers
     out   = total · rsqrt(mean(total²) + eps) · weight
 
 A program takes BT rows, one for each warp, in CHUNKS tiles of [BT, BC]: BC columns are 16 bytes for each
@@ -8,7 +8,7 @@ lane of a warp (of the wider dtype, when x and residual differ), so a row's sum 
 without shared memory, and rows of 768 need no padding. Only rows that would not fit into a warp's
 registers are spread over all warps.
 
-Traffic: x, residual and both outputs once each; the weight stays in the caches.
+Traffic: the inputs and outputs that there are, once each; the weight stays in the caches.
 """
 
 from __future__ import annotations
@@ -44,18 +44,19 @@ def store_chunks(p, b_chunks, m_t, o_c, C: tl.constexpr, CHUNKS: tl.constexpr, B
 def rms_norm_kernel(
     x,  # [T, C]
     residual,  # [T, C] or None
+    also,  # [T, C] or None
     weight,  # [C]
     out,  # [T, C]
     total,  # [T, C] or None
     stride_xt,
     stride_rt,
+    stride_at,
     T,
     eps,
     C: tl.constexpr,
     CHUNKS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
 ):
     o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]  # [BT, 1]
     o_c = tl.arange(0, BC)[None, :]  # [1, BC]
@@ -64,8 +65,10 @@ def rms_norm_kernel(
 
     # All loads before the first store, which the compiler would not move them over.
     b_x = load_chunks(x + o_t * stride_xt + o_c, m_t, o_c, C, CHUNKS, BC)
-    if HAS_RESIDUAL:
+    if residual is not None:
         b_residual = load_chunks(residual + o_t * stride_rt + o_c, m_t, o_c, C, CHUNKS, BC)
+    if also is not None:
+        b_also = load_chunks(also + o_t * stride_at + o_c, m_t, o_c, C, CHUNKS, BC)
     # For every row anew: from the L1 cache, where sharing would go through shared memory.
     b_weight = load_chunks(weight + 0 * o_t + o_c, m_t, o_c, C, CHUNKS, BC)
 
@@ -73,11 +76,13 @@ def rms_norm_kernel(
     b_square = tl.zeros([BT, BC], tl.float32)
     for i in tl.static_range(CHUNKS):
         b_total = b_x[i].to(tl.float32)
-        if HAS_RESIDUAL:
+        if residual is not None:
             b_total += b_residual[i].to(tl.float32)
+        if also is not None:
+            b_total += b_also[i].to(tl.float32)
         b_square += b_total * b_total
         b_totals += (b_total,)
-    if HAS_RESIDUAL:
+    if total is not None:
         store_chunks(total + o_out, b_totals, m_t, o_c, C, CHUNKS, BC)
 
     b_mean = tl.sum(b_square, axis=1) / C  # [BT]
@@ -102,32 +107,34 @@ def tile(width: int, element_size: int) -> tuple[int, int, int]:
 def launch_rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor | None,
+    also: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
     out: torch.Tensor,
     total: torch.Tensor | None,
 ) -> None:
-    """Fills `out` (and `total`, the sum with `residual`); both are contiguous (T, C)."""
+    """Fills `out`, and `total` with the sum where it is wanted; both are contiguous (T, C)."""
     T, C = x.shape
     if T == 0:
         return
     # The widest dtype: stores of more than 16 bytes a lane would pass through shared memory.
-    element_size = max(t.element_size() for t in (x, residual, out) if t is not None)
-    CHUNKS, BT, BC = tile(C, element_size)
+    rows = [t for t in (x, residual, also, out) if t is not None]
+    CHUNKS, BT, BC = tile(C, max(t.element_size() for t in rows))
     rms_norm_kernel[(triton.cdiv(T, BT),)](
         x,
         residual,
+        also,
         weight,
         out,
         total,
         x.stride(0),
         residual.stride(0) if residual is not None else 0,
+        also.stride(0) if also is not None else 0,
         T,
         eps,
         C=C,
         CHUNKS=CHUNKS,
         BT=BT,
         BC=BC,
-        HAS_RESIDUAL=residual is not None,
         num_warps=NUM_WARPS,
     )

@@ -18,15 +18,17 @@ def rms_norm(
     weight: Tensor,
     eps: float,
     *,
+    added: Tensor | None = None,
     dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Returns the RMSNorm of every row.
+    """Returns the RMSNorm of every row of x, or of x + added: a sum that is not wanted itself is not written.
 
     Args:
         x: (T, C), float32, float16 or bfloat16 (float64 with impl="torch"); rows may be strided.
         weight: (C,), any of these dtypes.
         eps: added to the mean square.
+        added: (T, C), any of these dtypes; the sum is taken in fp32.
         dtype: of the result, any of these; that of x by default.
         impl: "auto", "triton" or "torch".
 
@@ -45,13 +47,20 @@ def rms_norm(
     if dtype is not None and dtype not in REFERENCE_DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in REFERENCE_DTYPES)
         raise TypeError(f"dtype is {str(dtype).removeprefix('torch.')}: allowed are {allowed}")
-    return _rms_norm(x, weight, float(eps), dtype, impl)
+    _check_addend("added", added, x)
+    return _rms_norm(x, added, weight, float(eps), dtype, impl)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, impl: str = "auto"
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    also: Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Returns RMSNorm(x + residual) and the sum itself, in one pass.
+    """Returns RMSNorm(x + residual) and the sum itself, in one pass; with `also`, that of (x + residual) + also.
 
     The sum is taken in fp32 and normalised before it is rounded. With a float32 residual it is not
     rounded at all: the residual stream of a 28-layer model otherwise takes 56 roundings, which are most
@@ -62,6 +71,7 @@ def add_rms_norm(
         residual: (T, C), dtype of x or float32.
         weight: (C,), any of these dtypes.
         eps: added to the mean square.
+        also: (T, C), dtype of x or float32.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -79,12 +89,19 @@ def add_rms_norm(
     _check(x, weight)
     dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
     check_tensor("residual", residual, shape=tuple(x.shape), dtypes=dtypes, device=x.device)
-    return _add_rms_norm(x, residual, weight, float(eps), impl)
+    _check_addend("also", also, x)
+    return _add_rms_norm(x, residual, also, weight, float(eps), impl)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
     check_tensor("x", x, ndim=2, dtypes=REFERENCE_DTYPES)
     check_tensor("weight", weight, shape=(x.shape[1],), dtypes=REFERENCE_DTYPES, device=x.device)
+
+
+def _check_addend(name: str, addend: Tensor | None, x: Tensor) -> None:
+    if addend is not None:
+        shape = tuple(x.shape)
+        check_tensor(name, addend, shape=shape, dtypes=REFERENCE_DTYPES, device=x.device)
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -96,70 +113,87 @@ def _normed(total: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Te
     return (total * inverse * weight.to(total.dtype)).to(dtype)
 
 
-def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
-    return _normed(x.to(_accumulation_dtype(x)), weight, eps, dtype or x.dtype)
+def _sum(x: Tensor, *addends: Tensor | None) -> Tensor:
+    total = x.to(_accumulation_dtype(x))
+    for addend in addends:
+        total = total if addend is None else total + addend
+    return total
+
+
+def _rms_norm_torch(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype | None
+) -> Tensor:
+    return _normed(_sum(x, added), weight, eps, dtype or x.dtype)
 
 
 def _add_rms_norm_torch(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor, also: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    total = x.to(_accumulation_dtype(x)) + residual
+    total = _sum(x, residual, also)
     return _normed(total, weight, eps, x.dtype), total.to(residual.dtype)
 
 
-def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
+def _rms_norm_triton(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype | None
+) -> Tensor:
     from jv5kernels.kernels.rms_norm import launch_rms_norm
 
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    launch_rms_norm(x, None, weight, eps, out, None)
+    launch_rms_norm(x, added, None, weight, eps, out, None)
     return out
 
 
 def _add_rms_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor, also: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     from jv5kernels.kernels.rms_norm import launch_rms_norm
 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    launch_rms_norm(x, residual, weight, eps, out, total)
+    launch_rms_norm(x, residual, also, weight, eps, out, total)
     return out, total
 
 
-def _triton_unsupported(x: Tensor, *_: object) -> Reason:
-    if x.dtype not in FLOAT_DTYPES:
-        return f"the kernel takes float32, float16 and bfloat16, not {x.dtype}"
+def _triton_unsupported(*inputs: object) -> Reason:
+    for tensor in inputs:
+        if isinstance(tensor, Tensor) and tensor.dtype not in FLOAT_DTYPES:
+            return f"the kernel takes float32, float16 and bfloat16, not {tensor.dtype}"
     return None
 
 
 def _rms_norm_unsupported(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype | None
 ) -> Reason:
     if dtype is not None and dtype not in FLOAT_DTYPES:
         return f"the kernel gives float32, float16 and bfloat16, not {dtype}"
-    return _triton_unsupported(x)
+    return _triton_unsupported(x, added)
 
 
 _rms_norm = Operator(
     name="rms_norm",
-    schema="(Tensor x, Tensor weight, float eps, ScalarType? dtype, str impl) -> Tensor",
+    schema=(
+        "(Tensor x, Tensor? added, Tensor weight, float eps, ScalarType? dtype, str impl) -> Tensor"
+    ),
     implementations={
         "triton": Implementation(_rms_norm_triton, triton_unavailable, _rms_norm_unsupported),
         "torch": Implementation(_rms_norm_torch),
     },
     auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
-    fake=lambda x, weight, eps, dtype, impl: x.new_empty(x.shape, dtype=dtype or x.dtype),
+    fake=lambda x, added, weight, eps, dtype, impl: x.new_empty(x.shape, dtype=dtype or x.dtype),
 )
 
 _add_rms_norm = Operator(
     name="add_rms_norm",
-    schema="(Tensor x, Tensor residual, Tensor weight, float eps, str impl) -> (Tensor, Tensor)",
+    schema=(
+        "(Tensor x, Tensor residual, Tensor? also, Tensor weight, float eps, str impl) "
+        "-> (Tensor, Tensor)"
+    ),
     implementations={
         "triton": Implementation(_add_rms_norm_triton, triton_unavailable, _triton_unsupported),
         "torch": Implementation(_add_rms_norm_torch),
     },
     auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
-    fake=lambda x, residual, weight, eps, impl: (
+    fake=lambda x, residual, also, weight, eps, impl: (
         x.new_empty(x.shape),
         residual.new_empty(x.shape),
     ),
