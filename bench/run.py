@@ -34,6 +34,7 @@ SECONDS = {
     "embed_output": 40,
     "invariance": 90,
     "linear": 60,
+    "linear_qk_norm_rope": 20,
     "linear_swiglu": 60,
     "parity": 90,
     "pipeline": 40,

@@ -2,7 +2,7 @@
 
 While the device computes batch n, threads tokenise the texts of later batches and the results of batch n-1 are copied
 to the host. Texts are taken longest first (by characters, which is known without tokenising), so batches are filled
-with neighbours in length and the batch that needs the most memory comes first. A few short texts pass without a thread,
+with neighbours in length; only the very shortest come before the rest, since they are soonest tokenised. A few short texts pass without a thread,
 and where the device has recordings for batches of their size, through one of those.
 """
 
@@ -189,8 +189,9 @@ class Pipeline:
                 self._ids.update(ids)
                 found = np.fromiter(ids, dtype=np.int64, count=len(ids))
                 batches = self._plan(np.concatenate([pending, found]))
-                if index + 1 < len(windows):
-                    # The last batch may be part filled: it waits for the texts of the next window.
+                if 0 < index < len(windows) - 1:
+                    # The last batch may be part filled: it waits for the texts of the next window. Not that of the
+                    # first window, for which the device waits.
                     pending = batches.pop().rows
                 for batch in batches:
                     yield batch, cut
@@ -297,11 +298,19 @@ class Pipeline:
 
 
 def _windows(texts: Sequence[str]) -> list[np.ndarray]:
-    """Indices of the texts, longest first by characters, cut into windows of WINDOW_CHARACTERS."""
+    """Indices of the texts by falling length in characters, cut into windows of WINDOW_CHARACTERS.
+
+    The window of the shortest is the first: all cores tokenise its many texts at once, and while the device computes
+    them the longest are tokenised, each by one core.
+    """
     characters = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+    if not len(characters):
+        return []
     order = np.argsort(-characters, kind="stable")
-    window = np.cumsum(characters[order] + 1) // WINDOW_CHARACTERS
-    return np.split(order, np.flatnonzero(np.diff(window)) + 1) if len(order) else []
+    to_the_end = np.cumsum(characters[order][::-1] + 1)[::-1]
+    window = (to_the_end - 1) // WINDOW_CHARACTERS
+    windows = np.split(order, np.flatnonzero(np.diff(window)) + 1)
+    return [windows[-1], *windows[:-1]]
 
 
 def _ahead(
