@@ -65,7 +65,8 @@ class FastEncoder:
         precision, calibration, profile: defaults of `encode`.
         batch_invariant: bit-identical embeddings of a text whatever else is in the call. On CUDA this swaps the
             library's matrix products for a fixed-configuration kernel; on a CPU every text runs alone.
-        token_budget: tokens a batch; default what fits into the free memory, at most 32768 on CUDA and 4096 on a CPU.
+        token_budget: tokens a batch; default what fits into the free memory, at most 32768 on CUDA (65536 for
+            models as small as nano) and 4096 on a CPU.
         on_overlong: "truncate", or "error" to refuse texts longer than max_seq_length.
 
     Raises:

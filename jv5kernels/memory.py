@@ -13,8 +13,11 @@ from jv5kernels.model_spec import ModelSpec
 WORKSPACE_BYTES = 64 << 20
 # Share of the free memory that a batch may plan with; the rest absorbs fragmentation.
 USABLE_SHARE = 0.8
-# Larger batches gain nothing: the projections of one batch of this size already fill the device.
-MAX_TOKENS = {"cuda": 32768, "cpu": 4096}
+# Tokens of the largest batch. On CUDA one of small (0.44 billion weights in its projections) takes 55 ms, and larger ones
+# gain nothing. Of models with fewer weights a batch has more tokens, or Python could not keep the device busy: nano
+# gives 1.3 million tokens a second with batches of 32768, 2.0 million with 65536 or more.
+MAX_TOKENS = {"cuda": (32768, 65536), "cpu": (4096, 4096)}
+FULL_WEIGHTS = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,13 @@ class MemoryModel:
     """An upper bound of a model's memory in bytes as a function of the tokens in a batch.
 
     Args:
+        projections: elements of the projections' weights, which a token is multiplied with.
         weights: one task's weights, embedding table included.
         fixed: workspaces, the rotary table, and the MLP's intermediate at its chunk size.
         per_token: activations a token.
     """
 
+    projections: int
     weights: int
     fixed: int
     per_token: int
@@ -59,6 +64,7 @@ def memory_model(spec: ModelSpec, dtype: torch.dtype) -> MemoryModel:
     norms = spec.num_layers * (2 * width + 2 * spec.head_dim * spec.qk_norm) + width
     rope = spec.max_position_embeddings * spec.head_dim * 4
     return MemoryModel(
+        projections=linear,
         weights=(spec.vocab_size * width + linear + norms) * dtype.itemsize,
         fixed=WORKSPACE_BYTES
         + rope
@@ -74,9 +80,15 @@ def free_bytes(device: torch.device) -> int:
     return free + reserve
 
 
+def most_tokens(model: MemoryModel, device_type: str) -> int:
+    """Tokens of the largest batch that is worth while: more for models with fewer weights."""
+    least, most = MAX_TOKENS.get(device_type, MAX_TOKENS["cpu"])
+    return min(most, max(least, least * FULL_WEIGHTS // max(1, model.projections)))
+
+
 def default_token_budget(model: MemoryModel, device: torch.device) -> int:
-    """Tokens a batch when the caller names none: what fits into the free memory, at most MAX_TOKENS."""
-    limit = MAX_TOKENS.get(device.type, MAX_TOKENS["cpu"])
+    """Tokens a batch when the caller names none: what fits into the free memory, at most `most_tokens`."""
+    limit = most_tokens(model, device.type)
     if device.type != "cuda":
         return limit
     return max(1, min(limit, model.tokens_in(int(USABLE_SHARE * free_bytes(device)))))

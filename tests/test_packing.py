@@ -79,3 +79,14 @@ def test_split_halves_the_tokens_and_loses_no_row(lengths):
 def test_split_refuses_a_single_sequence():
     with pytest.raises(ValueError, match="cannot be split"):
         split(np.array([0]), np.array([5]))
+
+
+def test_models_with_fewer_weights_take_larger_batches():
+    from jv5kernels.memory import memory_model, most_tokens
+    from jv5kernels.synthetic.checkpoint import real_spec
+
+    small, nano = (memory_model(real_spec(name), torch.bfloat16) for name in ("small", "nano"))
+    assert most_tokens(small, "cuda") == 32768 and most_tokens(nano, "cuda") == 65536
+    assert most_tokens(small, "cpu") == most_tokens(nano, "cpu") == 4096
+    # The projections are what the vocabulary, the norms and the rope table leave.
+    assert small.projections == 28 * (1024 * (2048 + 2048) + 2048 * 1024 + 3 * 1024 * 3072)
