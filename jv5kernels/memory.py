@@ -13,9 +13,9 @@ from jv5kernels.model_spec import ModelSpec
 WORKSPACE_BYTES = 64 << 20
 # Share of the free memory that a batch may plan with; the rest absorbs fragmentation.
 USABLE_SHARE = 0.8
-# Tokens of the largest batch. On CUDA one of small (0.44 billion weights in its projections) takes 55 ms, and larger ones
-# gain nothing. Of models with fewer weights a batch has more tokens, or Python could not keep the device busy: nano
-# gives 1.3 million tokens a second with batches of 32768, 2.0 million with 65536 or more.
+# Tokens of the largest batch. On CUDA one of small (0.44 billion weights in its projections) takes 55 ms, and larger
+# ones gain nothing. Of models with fewer weights a batch has more tokens, or Python could not keep the device busy:
+# nano gives 1.3 million tokens a second with batches of 32768, 2.0 million with 65536 or more.
 MAX_TOKENS = {"cuda": (32768, 65536), "cpu": (4096, 4096)}
 FULL_WEIGHTS = 400_000_000
 

@@ -2,8 +2,8 @@
 
 While the device computes batch n, threads tokenise the texts of later batches and the results of batch n-1 are copied
 to the host. Texts are taken longest first (by characters, which is known without tokenising), so batches are filled
-with neighbours in length; only the very shortest come before the rest, since they are soonest tokenised. A few short texts pass without a thread,
-and where the device has recordings for batches of their size, through one of those.
+with neighbours in length; only the very shortest come before the rest, since they are soonest tokenised. A few short
+texts pass without a thread, and where the device has recordings for batches of their size, through one of those.
 """
 
 from __future__ import annotations
