@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
+from jv5kernels.kernels.launch import launch
 from jv5kernels.kernels.pool import NUM_WARPS, find_chunk, reading, sum_of_tokens
 from jv5kernels.kernels.quantize import (
     BITS,
@@ -42,7 +43,9 @@ from jv5kernels.kernels.quantize import (
     store_bytes,
 )
 
-TOKEN_WARPS = 4
+# Contracted, a product and the minimum that is subtracted from it would round once.
+TOKEN_OPTIONS = (("num_warps", 4), ("enable_fp_fusion", False))
+MEAN_OPTIONS = (("num_warps", NUM_WARPS), ("enable_fp_fusion", False))
 # Children of a node: sums that are loaded before the first two are added.
 FAN = tl.constexpr(8)
 # A call's number is written into its counters, above 16 bits of count. It starts at random so that memory which
@@ -119,9 +122,9 @@ def token_kernel(
     ranges,  # [2, DIM] fp32 or None
     out,  # [B, WIDTH]
     flags,  # [B] uint8
+    eps,
     stride_ht,
     stride_rr,
-    eps,
     C: tl.constexpr,
     STEP: tl.constexpr,
     IS_LAST: tl.constexpr,
@@ -210,11 +213,11 @@ def mean_kernel(
     ranges,  # [2, DIM] fp32 or None
     out,  # [B, WIDTH]
     flags,  # [B] uint8
-    stride_ht,
-    stride_rr,
     B,
     call,  # number of this call << COUNT_BITS
     eps,
+    stride_ht,
+    stride_rr,
     READ: tl.constexpr,
     OUT: tl.constexpr,
 ):
@@ -312,23 +315,21 @@ def launch_tokens(
     B = target.out.shape[0]
     if B == 0:
         return
-    token_kernel[(B,)](
-        hidden,
-        bounds,
-        weight,
-        target.ranges,
-        target.out,
-        target.flags,
-        hidden.stride(0),
-        target.range_stride,
-        eps,
-        C=hidden.shape[1],
-        STEP=bounds.ndim,
-        IS_LAST=is_last,
-        OUT=target.constants(hidden.shape[1]),
-        num_warps=TOKEN_WARPS,
-        # Contracted, a product and the minimum that is subtracted from it would round once.
-        enable_fp_fusion=False,
+    width = hidden.shape[1]
+    launch(
+        token_kernel,
+        B,
+        (hidden, bounds, weight, target.ranges, target.out, target.flags),
+        (eps,),
+        (
+            hidden.stride(0),
+            target.range_stride,
+            width,
+            bounds.ndim,
+            is_last,
+            target.constants(width),
+        ),
+        TOKEN_OPTIONS,
     )
 
 
@@ -351,22 +352,11 @@ def launch_means(
     B, width = target.out.shape[0], hidden.shape[1]
     if B == 0:
         return
-    mean_kernel[(partials.shape[0],)](
-        hidden,
-        cu_seqlens,
-        table,
-        partials,
-        weight,
-        target.ranges,
-        target.out,
-        target.flags,
-        hidden.stride(0),
-        target.range_stride,
-        B,
-        next(CALLS) << 16,
-        eps,
-        READ=reading(width),
-        OUT=target.constants(width),
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,
+    launch(
+        mean_kernel,
+        partials.shape[0],
+        (hidden, cu_seqlens, table, partials, weight, target.ranges, target.out, target.flags),
+        (B, next(CALLS) << 16, eps),
+        (hidden.stride(0), target.range_stride, reading(width), target.constants(width)),
+        MEAN_OPTIONS,
     )
