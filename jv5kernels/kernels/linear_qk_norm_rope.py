@@ -7,8 +7,8 @@
 
 A program takes tiles of 128 x 256. Two warpgroups have 64 rows of it each and a producer warp feeds them by TMA. A
 thread of a wgmma holds columns c and c + h of the same head for the same rows, so halves meet in registers and a mean
-square passes between the four lanes of a row. Cosines and sines are on their way from the L2 cache to registers while
-the products run; without that, every tile waits for them at its end.
+square passes between the four lanes of a row. Cosines, sines and the norm's weight are on their way from the caches to
+registers while the products run; without that, every tile waits for them at its end.
 
 Each tile is one loop over the whole of K, and the configuration is fixed: a row gives the same bits in any batch.
 Tiles are ordered in bands of GROUP row tiles, which share their part of the weight through the L2 cache.
@@ -41,7 +41,7 @@ ROWS = gl.constexpr(64)  # of one consumer, the height of a wgmma
 BN = gl.constexpr(256)
 BK = gl.constexpr(64)
 STAGES = gl.constexpr(4)
-# Columns that the epilogue takes at a time: one head or several.
+# Columns that the epilogue takes at a time: one head or two.
 BC = gl.constexpr(128)
 # Row tiles that are taken together for each column of weight tiles.
 GROUP = gl.constexpr(8)
@@ -77,19 +77,23 @@ def left_and_right(b):
 
 
 @gluon.jit
-def rotated(b, b_cos, b_sin, weight, o_d, eps, D: gl.constexpr):
-    """Heads [ROWS, BC] after their norm (with a weight) and rotation."""
+def rotated(b, b_cos, b_sin, b_weights, eps, D: gl.constexpr):
+    """Heads [ROWS, BC] after their norm, where b_weights has the halves of its weight, and their rotation."""
     b_1, b_2 = halves_of_heads(b, D)
-    if weight is not None:
+    if b_weights is not None:
         b_mean = gl.sum(b_1 * b_1 + b_2 * b_2, 2) / D  # [ROWS, BC / D]
         b_inverse = gl.expand_dims(gl.rsqrt(b_mean + eps), 2)
-        b_w1 = gl.expand_dims(gl.expand_dims(gl.load(weight + o_d).to(gl.float32), 0), 1)
-        b_w2 = gl.expand_dims(gl.expand_dims(gl.load(weight + D // 2 + o_d).to(gl.float32), 0), 1)
-        b_1 = b_1 * b_inverse * b_w1
-        b_2 = b_2 * b_inverse * b_w2
+        b_1 = b_1 * b_inverse * of_all_heads(b_weights[0])
+        b_2 = b_2 * b_inverse * of_all_heads(b_weights[1])
     b_cos = gl.expand_dims(b_cos, 1)
     b_sin = gl.expand_dims(b_sin, 1)
     return heads_of_halves(b_1 * b_cos - b_2 * b_sin, b_2 * b_cos + b_1 * b_sin, D)
+
+
+@gluon.jit
+def of_all_heads(b):
+    """[D / 2] of any dtype -> [1, 1, D / 2] in fp32."""
+    return gl.expand_dims(gl.expand_dims(b.to(gl.float32), 0), 1)
 
 
 @gluon.jit
@@ -112,7 +116,7 @@ def produce(x_desc, w_desc, memory, bars, T, N: gl.constexpr, K: gl.constexpr):
     x_smem, w_smem = memory
     full, empty = bars
     tiles_m = gl.cdiv(T, CONSUMERS * ROWS)
-    tiles_n: gl.constexpr = (N + BN - 1) // BN
+    tiles_n: gl.constexpr = N // BN
     stage = 0
     phase = 0
     for i_tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -131,14 +135,14 @@ def produce(x_desc, w_desc, memory, bars, T, N: gl.constexpr, K: gl.constexpr):
 @gluon.jit
 def consume(
     C: gl.constexpr, out, positions, cos_sin, q_weight, k_weight, memory, bars, T, P, eps,
-    HQ: gl.constexpr, HK: gl.constexpr, D: gl.constexpr, K: gl.constexpr,
+    HQ: gl.constexpr, HK: gl.constexpr, D: gl.constexpr, K: gl.constexpr, HAS_NORM: gl.constexpr,
 ):  # fmt: skip
     """Computes 64 rows of every tile of this program."""
     x_smem, w_smem = memory
     full, empty = bars
     N: gl.constexpr = (HQ + 2 * HK) * D
     tiles_m = gl.cdiv(T, CONSUMERS * ROWS)
-    tiles_n: gl.constexpr = (N + BN - 1) // BN
+    tiles_n: gl.constexpr = N // BN
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     # The layout in which halves of heads come out of the products, of which cosines are a slice.
     b_left, b_right = left_and_right(gl.zeros([ROWS, BN], gl.float32, layout))
@@ -153,10 +157,19 @@ def consume(
         o_t = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, half_layout))
         i_position = gl.load(positions + o_t, mask=o_t < T, other=0)
         i_position = gl.minimum(gl.maximum(i_position, 0), P - 1)
-        m = (o_t < T)[:, None] & (o_d < gl.where(i_n * BN < (HQ + HK) * D, D, 0))[None, :]
+        is_rotated = i_n * BN < (HQ + HK) * D
+        m = (o_t < T)[:, None] & (o_d < gl.where(is_rotated, D, 0))[None, :]
         p_cos = cos_sin + i_position[:, None].to(gl.int64) * D + o_d[None, :]
         b_cos = gl.load(p_cos, mask=m, other=0.0)
         b_sin = gl.load(p_cos + D // 2, mask=m, other=0.0)
+        b_weights: gl.constexpr = None
+        if HAS_NORM:
+            p_weight = k_weight
+            if HQ > 0:
+                p_weight = q_weight
+                if HK > 0:
+                    p_weight = gl.where(i_n * BN < HQ * D, q_weight, k_weight)
+            b_weights = (gl.load(p_weight + o_d), gl.load(p_weight + D // 2 + o_d))
 
         b_out = gl.zeros([ROWS, BN], gl.float32, layout)
         for _ in range(0, K, BK):
@@ -171,15 +184,11 @@ def consume(
         b_parts = left_and_right(b_out)
         for part in gl.static_range(2):
             first_column = i_n * BN + part * BC
-            b = b_parts[part]
-            if first_column < HQ * D:
-                b_q = rotated(b, b_cos, b_sin, q_weight, o_d, eps, D)
-                store(b_q, out, first_row, first_column, T, N)
-            elif first_column < (HQ + HK) * D:
-                b_k = rotated(b, b_cos, b_sin, k_weight, o_d, eps, D)
-                store(b_k, out, first_row, first_column, T, N)
-            elif first_column < N:
+            if is_rotated:
+                b = rotated(b_parts[part], b_cos, b_sin, b_weights, eps, D)
                 store(b, out, first_row, first_column, T, N)
+            else:
+                store(b_parts[part], out, first_row, first_column, T, N)
 
 
 @gluon.jit(do_not_specialize=["T", "P"])
@@ -200,6 +209,7 @@ def linear_qk_norm_rope_kernel(
     K: gl.constexpr,
 ):
     N: gl.constexpr = (HQ + 2 * HK) * D
+    HAS_NORM: gl.constexpr = q_weight is not None or k_weight is not None
     dtype: gl.constexpr = x_desc.dtype
     x_smem = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, ROWS, BK], x_desc.layout)
     w_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], w_desc.layout)
@@ -210,9 +220,9 @@ def linear_qk_norm_rope_kernel(
     gl.warp_specialize(
         [
             (consume, (0, out, positions, cos_sin, q_weight, k_weight, memory, bars, T, P, eps,
-                       HQ, HK, D, K)),
+                       HQ, HK, D, K, HAS_NORM)),
             (consume, (1, out, positions, cos_sin, q_weight, k_weight, memory, bars, T, P, eps,
-                       HQ, HK, D, K)),
+                       HQ, HK, D, K, HAS_NORM)),
             (produce, (x_desc, w_desc, memory, bars, T, N, K)),
         ],
         [4, 1],
@@ -228,7 +238,8 @@ def reason_against(
         return "the kernel is for 16-bit values on sm_90"
     if head_dim not in HEAD_DIMS:
         return f"the kernel takes head_dim {HEAD_DIMS[0]} and {HEAD_DIMS[1]}, not {head_dim}"
-    heads = BC.value // head_dim
+    # All heads of a tile are queries, keys or values.
+    heads = BN.value // head_dim
     if num_heads % heads or num_kv_heads % heads:
         return f"the kernel takes {heads} heads at a time, not {num_heads} and {num_kv_heads}"
     if not fits_descriptors(x, weight):
@@ -254,7 +265,7 @@ def launch_linear_qk_norm_rope(
     N = weight.shape[0]
     if T == 0 or N == 0:
         return
-    tiles = -(-T // (CONSUMERS.value * ROWS.value)) * -(-N // BN.value)
+    tiles = -(-T // (CONSUMERS.value * ROWS.value)) * (N // BN.value)
     layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=2)
     linear_qk_norm_rope_kernel[(min(tiles, multiprocessors(x.device)),)](
         TensorDescriptor.from_tensor(x, [ROWS.value, BK.value], layout),
