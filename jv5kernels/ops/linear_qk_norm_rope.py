@@ -39,10 +39,10 @@ def linear_qk_norm_rope(
             order; rows may be strided.
         positions, cos_sin, num_heads, num_kv_heads, head_dim, q_weight, k_weight, eps: as in `qk_norm_rope`.
         batch_invariant: as in `linear`.
-        impl: "auto", "gluon" (one kernel, fp32 up to one rounding; sm_90, 16-bit dtypes, head_dim 64 or 128, numbers
-            of heads that are multiples of 256 / head_dim, rows that start at multiples of 16 bytes) or "torch" (`linear` and then `qk_norm_rope`, each by its own "auto"; the
-            projection is rounded before its heads are). "auto" is "gluon" where that can run and there are FUSED_ROWS
-            rows or batch_invariant.
+        impl: "auto", "gluon" (one kernel, fp32 up to one rounding; sm_90, 16-bit dtypes, head_dim 64 or 128, numbers of
+            heads that are multiples of 256 / head_dim, rows that start at multiples of 16 bytes) or "torch" (`linear`
+            and then `qk_norm_rope`, each by its own "auto"; the projection is rounded before its heads are). "auto" is
+            "gluon" where that can run and there are FUSED_ROWS rows or batch_invariant.
 
     Returns:
         (T, (num_heads + 2·num_kv_heads)·head_dim), dtype of x, contiguous.
