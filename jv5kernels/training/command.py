@@ -37,12 +37,12 @@ def train(options: argparse.Namespace, tell: Callable[[str], object] = print) ->
     """Trains, evaluates and draws as the command line says; returns the folder of the finished model.
 
     Raises:
-        FileNotFoundError: the corpus is not there.
+        FileNotFoundError: the corpus or the documentation is not there.
         ImportError: a package of the extra ``train`` is missing.
         ValueError: an unknown task, or a corpus without packages to train on, to watch or to score.
     """
     check_packages(NEEDED if options.no_scores else NEEDED | NEEDED_TO_SCORE)
-    needed = [options.corpus]
+    needed = [options.corpus, *([options.documentation] if options.documentation else [])]
     if options.ablation_only is not None:
         needed += [options.ablation_only / name for name in ("model.safetensors", "tokenizer.json")]
     for path in needed:
@@ -50,17 +50,31 @@ def train(options: argparse.Namespace, tell: Callable[[str], object] = print) ->
             raise FileNotFoundError(f"there is no file {path}")
     from jv5kernels.device import resolve_device
     from jv5kernels.training.corpus import read_packages
-    from jv5kernels.training.evaluation import held_out
+    from jv5kernels.training.evaluation import held_out, held_out_titles
+    from jv5kernels.training.long_texts import read_chapters
     from jv5kernels.training.run import Run
     from jv5kernels.training.teacher import default_teacher
 
     recipe = recipe_of(options)
     teacher = options.teacher or str(default_teacher())
     packages = read_packages(options.corpus)[: options.packages]
+    documentation = read_chapters(options.documentation) if options.documentation else []
     if not options.no_scores:
-        held_out(packages)  # refuses a corpus without any before hours of training, not after
+        # They refuse a corpus without any before hours of training, not after.
+        held_out(packages)
+        if documentation:
+            held_out_titles(documentation)
     device = resolve_device(options.device).type
-    run = Run(options.out, packages, teacher, recipe, device, not options.no_progress, tell)
+    run = Run(
+        options.out,
+        packages,
+        teacher,
+        recipe,
+        device,
+        progress=not options.no_progress,
+        tell=tell,
+        documentation=documentation,
+    )
     model = trained = options.ablation_only
     if model is None:
         model, trained = train_model(run, options.seconds), run.trained
@@ -167,7 +181,13 @@ def write_scores(
     from jv5kernels.training.score_card import score_ablation, score_card
 
     scores = score_card(
-        model, list(packages), teacher, device=device, cache=run.folder, tell=run.tell
+        model,
+        list(packages),
+        teacher,
+        device=device,
+        cache=run.folder,
+        documentation=run.documentation,
+        tell=run.tell,
     )
     scores += score_ablation(
         trained, run.folder / "ablation", list(packages), device=device, tell=run.tell
