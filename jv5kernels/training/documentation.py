@@ -123,7 +123,7 @@ def origin_and_pages(path: Path) -> tuple[Origin, Iterator[tuple[str, bytes]]]:
         control = _output(["dpkg-deb", "--field", str(path)]).decode()
         files_of_deb = _unpacked(path)
         read, names = files_of_deb.__getitem__, sorted(files_of_deb)
-    fields = dict(re.findall(r"^(\w[\w-]*): *(.*)$", control, re.MULTILINE))
+    fields: dict[str, str] = dict(re.findall(r"^(\w[\w-]*): *(.*)$", control, re.MULTILINE))
     if "Package" not in fields:
         raise ValueError(f"{path} is no Debian package: its control file names none")
     if "/" in fields.get("Section", ""):
