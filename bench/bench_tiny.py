@@ -1,6 +1,6 @@
 """Scores of a trained model on held-out packages beside its teacher's and BM25's, and its loss curve.
 
-    python bench/bench_tiny.py MODEL CORPUS [--ablation FOLDER --trained FOLDER] [--log FILE...]
+    python bench/bench_tiny.py MODEL CORPUS [--documentation FILE] [--ablation FOLDER --trained FOLDER] [--log FILE...]
 
 MODEL is a folder of the base repositories' layout, CORPUS the packages it was trained on (only the split "test" is
 scored); `ablation/`, `trained/` (whose backbone the ablation's adapters belong to) and `log.json` come from the run.
@@ -23,6 +23,7 @@ from harness import record, write_records
 
 from jv5kernels.training.command import ABLATION
 from jv5kernels.training.corpus import read_packages
+from jv5kernels.training.long_texts import read_chapters
 from jv5kernels.training.pictures import draw_losses, draw_scores
 from jv5kernels.training.score_card import Score, score_ablation, score_card
 from jv5kernels.training.teacher import default_teacher
@@ -100,6 +101,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("corpus", type=Path, metavar="CORPUS")
+    parser.add_argument(
+        "--documentation",
+        type=Path,
+        metavar="FILE",
+        help="from python -m jv5kernels.training.documentation; its split test is scored too",
+    )
     parser.add_argument("--ablation", type=Path, metavar="FOLDER")
     parser.add_argument(
         "--trained", type=Path, metavar="FOLDER", help="the ablation's backbone; default: MODEL"
@@ -120,7 +127,12 @@ def main() -> None:
     packages = read_packages(options.corpus)
     teacher = options.teacher or str(default_teacher())
     scores = score_card(
-        options.model, packages, teacher, device=options.device, cache=options.cache
+        options.model,
+        packages,
+        teacher,
+        device=options.device,
+        cache=options.cache,
+        documentation=read_chapters(options.documentation) if options.documentation else (),
     )
     ablation: list[Score] = []
     if options.ablation:

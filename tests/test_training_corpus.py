@@ -12,10 +12,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_corpus import packages, rows, unit, write_corpus
+from training_corpus import chapter_rows, letters_tokenizer, packages, rows, unit, write_corpus
 
-from jv5kernels.training.batches import NEGATIVES_PER_ANCHOR, WIDTH, Batches, Source, grouped
+from jv5kernels.training.batches import (
+    LONG_KINDS,
+    NEGATIVES_PER_ANCHOR,
+    WIDTH,
+    Batches,
+    Source,
+    grouped,
+)
 from jv5kernels.training.corpus import DEV_SHARE, KINDS, Rows, Texts, build_texts, read_packages
+from jv5kernels.training.long_texts import Chapter, build_passages
 from jv5kernels.training.recipe import RECIPE, Stage
 from jv5kernels.training.run import tokenizer_for
 from jv5kernels.training.teacher import mine_neighbours
@@ -150,6 +158,64 @@ def test_pairs_are_of_one_package_and_negatives_of_others(source: Source) -> Non
     assert len(documents) == len(keys) > count
     assert not np.isin(documents[count:], queries).any()
     assert (source.document_targets[documents] == keys).all()
+
+
+@pytest.mark.parametrize("kind", LONG_KINDS)
+def test_a_long_text_is_of_many_parts_and_its_target_their_mean(source: Source, kind: str) -> None:
+    source, prompt, seam = with_documentation(source), 2, 2**16 - 1
+    batches = Batches(source, stage(batch=16, weights={"long": 1.0}), "pairs", 0)
+    ids, mean = batches._long_text(np.random.default_rng(3), kind, 900)
+    assert 300 < len(ids) <= 900
+    parts = np.split(ids, np.flatnonzero(ids == seam))
+    parts = [parts[0][prompt:], *(part[1:] for part in parts[1:])]
+    passages = source.passages
+    if kind == "documentation":
+        of, first = passages, passages.targets[:, 0]
+        vectors = source.passage_targets
+    else:
+        of, first, vectors = source.texts, source.texts.target, source.targets
+    target = {
+        of.ids[start + prompt : stop].tobytes(): vectors[row].astype(np.float32)
+        for start, stop, row in zip(of.offsets[:-1], of.offsets[1:], first, strict=True)
+    }
+    assert len(parts) > 2
+    expected = np.mean([target[part.tobytes()] for part in parts], axis=0)
+    np.testing.assert_allclose(mean, expected, atol=1e-3)
+
+
+def test_long_texts_bring_their_ids(source: Source) -> None:
+    weights = {"distill": 1.0, "long": 1.0}
+    batches = Batches(
+        with_documentation(source), stage(batch=16, weights=weights, long_tokens=640), "pairs", 0
+    )
+    batch = batches[2]
+    assert batch["long_targets"].shape == (16, 32)
+    assert sorted(torch.cat([part["rows"] for part in batch["long"]]).tolist()) == list(range(16))
+    for part in batch["long"]:
+        assert part["ids"].shape == (len(part["rows"]), part["width"])
+        assert (part["last"] < part["width"]).all() and part["width"] <= 640
+    again = batches[2]
+    assert all(
+        torch.equal(a["ids"], b["ids"]) for a, b in zip(batch["long"], again["long"], strict=True)
+    )
+
+
+def with_documentation(source: Source) -> Source:
+    """The source with passages, and a token that is in no text where parts meet."""
+    chapters = [
+        Chapter(row["source"], row["chapter"], row["language"], row["split"], row["sections"])
+        for row in chapter_rows()
+        if row["language"] == "en"
+    ]
+    passages = build_passages(chapters, letters_tokenizer())
+    draw = np.random.default_rng(1).standard_normal((len(passages.english_texts), 32))
+    return replace(
+        source,
+        passages=passages,
+        passage_targets=unit(draw).astype(np.float16),
+        prompt=2,
+        newline=np.asarray([2**16 - 1], dtype=np.uint16),
+    )
 
 
 def test_classes_have_their_section_and_others(source: Source) -> None:

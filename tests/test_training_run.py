@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import set_peft_model_state_dict
-from training_corpus import packages, write_corpus, write_teacher
+from training_corpus import packages, write_corpus, write_documentation, write_teacher
 
 from jv5kernels import FastEncoder
 from jv5kernels.cli import main
@@ -238,6 +238,7 @@ def test_the_command_trains_scores_and_draws(
     corpus = write_corpus(tmp_path / "corpus.jsonl.xz", 400)
     out = tmp_path / "run"
     arguments = ["train", str(corpus), str(out), "--teacher", str(teacher), "--device", "cpu"]
+    arguments += ["--documentation", str(write_documentation(tmp_path / "documentation.jsonl"))]
     small = ["--scale", "0.1", "--batch", "6", "--ablation", "1", "--no-progress"]
     assert main([*arguments, *small, "--task", "retrieval"]) == 0
     assert capsys.readouterr().out.strip() == str(out / "model")
@@ -254,6 +255,9 @@ def test_the_command_trains_scores_and_draws(
     ):
         assert (english, impl) in works
     assert ("de synopsis to description", "model") in works
+    chapters = "section title to chapter, of 2"
+    for impl in ("BM25", "teacher, mean of parts", "model", "model, mean of parts"):
+        assert (chapters, impl) in works
     assert all(-1 <= score["value"] <= 1 for score in scores)
     for picture in ("losses.png", "scores.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")

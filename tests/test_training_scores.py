@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_corpus import packages, unit
+from training_corpus import chapter_rows, packages, unit
 
 from jv5kernels.training import evaluation
+from jv5kernels.training.long_texts import Chapter
 from jv5kernels.training.pictures import draw_losses, draw_scores
 from jv5kernels.training.score_card import Score
 from jv5kernels.training.scores import ndcg_at, ranks
@@ -154,3 +155,21 @@ def test_long_texts_and_who_is_in_them(pair: tuple[np.ndarray, np.ndarray]) -> N
     alone = np.arange(24)[:, None]
     assert evaluation.member_accuracy(documents, 3 * documents[:24], alone) == 1
     assert evaluation.member_accuracy(documents, np.roll(documents[:24], 1, 0), alone) == 0
+
+
+def test_titles_of_one_chapter_alone_are_queries() -> None:
+    chapters = [
+        Chapter(row["source"], row["chapter"], row["language"], row["split"], row["sections"])
+        for row in chapter_rows()
+    ]
+    extra = (["1.2. The editor of all chapters", "text"], ["Introduction", "more text"])
+    for chapter in chapters[2:4]:
+        chapter.sections.extend(extra)  # type: ignore
+    titles = evaluation.held_out_titles(chapters)
+    assert len(titles.passages) == len(titles.texts) == 2
+    expected = [(t, i) for i in (0, 1) for t, _ in chapters[2 + i].sections[:3]]
+    assert list(zip(titles.titles, titles.chapter.tolist(), strict=True)) == expected
+    assert not any(title in text for title in titles.titles for text in titles.texts)
+    assert evaluation.NUMBERING.sub("", "B.1.2. What it does") == "What it does"
+    with pytest.raises(ValueError, match="split='dev' has no titles"):
+        evaluation.held_out_titles(chapters, "dev")

@@ -7,7 +7,9 @@ import lzma
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
+from jv5kernels.synthetic.tokenizer import train_tokenizer
 from jv5kernels.training.corpus import Package, read_packages
 
 THINGS = "editor compiler browser player driver parser daemon viewer calculator scheduler".split()
@@ -74,3 +76,29 @@ def write_teacher(folder: Path) -> Path:
     BertModel(config).save_pretrained(folder)
     BertTokenizerFast(vocab={token: i for i, token in enumerate(tokens)}).save_pretrained(folder)
     return folder
+
+
+def letters_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer without merges: what is one text is as long as its bytes."""
+    return train_tokenizer("small", ["abc"], vocab_size=300)
+
+
+def chapter_rows() -> list[dict]:
+    """Documentation: chapters of three sections in English, one of them in German too, one of them held out."""
+    made = []
+    for number in range(4):
+        sections = [
+            [
+                f"The {THINGS[number]} and its {use} part",
+                f"A {THINGS[number]} that handles {use} does it line by line. " * 4,
+            ]
+            for use in USES[3 * number % 9 :][:3]
+        ]
+        row = {"source": f"guide{number}", "chapter": "a.html", "language": "en"}
+        made.append({**row, "split": "test" if number > 1 else "train", "sections": sections})
+    return [*made, {**made[0], "language": "de"}]
+
+
+def write_documentation(path: Path) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in chapter_rows()), "utf-8")
+    return path

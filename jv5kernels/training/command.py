@@ -23,6 +23,8 @@ __all__ = ["ABLATION", "ablate", "train"]
 ABLATION_STEPS, ABLATION_BATCH = 200, 768
 # At the recipe's weight so few steps do not move the term at all.
 ABLATION_WEIGHT = 30.0
+# Of the time that there is, what the steps are planned to fill, so that the last pair begins in time.
+ABLATION_SHARE = 0.75
 ABLATION = ("with", "without")
 # Module -> package of the extra; the second kind for the scores alone.
 NEEDED = {
@@ -37,12 +39,12 @@ def train(options: argparse.Namespace, tell: Callable[[str], object] = print) ->
     """Trains, evaluates and draws as the command line says; returns the folder of the finished model.
 
     Raises:
-        FileNotFoundError: the corpus is not there.
+        FileNotFoundError: the corpus or the documentation is not there.
         ImportError: a package of the extra ``train`` is missing.
         ValueError: an unknown task, or a corpus without packages to train on, to watch or to score.
     """
     check_packages(NEEDED if options.no_scores else NEEDED | NEEDED_TO_SCORE)
-    needed = [options.corpus]
+    needed = [options.corpus, *([options.documentation] if options.documentation else [])]
     if options.ablation_only is not None:
         needed += [options.ablation_only / name for name in ("model.safetensors", "tokenizer.json")]
     for path in needed:
@@ -50,17 +52,31 @@ def train(options: argparse.Namespace, tell: Callable[[str], object] = print) ->
             raise FileNotFoundError(f"there is no file {path}")
     from jv5kernels.device import resolve_device
     from jv5kernels.training.corpus import read_packages
-    from jv5kernels.training.evaluation import held_out
+    from jv5kernels.training.evaluation import held_out, held_out_titles
+    from jv5kernels.training.long_texts import read_chapters
     from jv5kernels.training.run import Run
     from jv5kernels.training.teacher import default_teacher
 
     recipe = recipe_of(options)
     teacher = options.teacher or str(default_teacher())
     packages = read_packages(options.corpus)[: options.packages]
+    documentation = read_chapters(options.documentation) if options.documentation else []
     if not options.no_scores:
-        held_out(packages)  # refuses a corpus without any before hours of training, not after
+        # They refuse a corpus without any before hours of training, not after.
+        held_out(packages)
+        if documentation:
+            held_out_titles(documentation)
     device = resolve_device(options.device).type
-    run = Run(options.out, packages, teacher, recipe, device, not options.no_progress, tell)
+    run = Run(
+        options.out,
+        packages,
+        teacher,
+        recipe,
+        device,
+        progress=not options.no_progress,
+        tell=tell,
+        documentation=documentation,
+    )
     model = trained = options.ablation_only
     if model is None:
         model, trained = train_model(run, options.seconds), run.trained
@@ -126,7 +142,9 @@ def ablate(run: Run, seeds: int, seconds: float) -> None:
     from jv5kernels.training.student import write_adapter
 
     retrieval = run.recipe.adapters.get("retrieval", RECIPE.adapters["retrieval"])
-    without = {name: w for name, w in retrieval.weights.items() if name != "orthogonal"}
+    # Long texts cost time and are not what is compared.
+    left_out = ("orthogonal", "long")
+    without = {name: w for name, w in retrieval.weights.items() if name not in left_out}
     with_it = without | {"orthogonal": ABLATION_WEIGHT}
     weights = dict(zip(ABLATION, (with_it, without), strict=True))
     stage = replace(
@@ -137,9 +155,8 @@ def ablate(run: Run, seeds: int, seconds: float) -> None:
     )
     started, longest = time.perf_counter(), 0.0
     if seeds and seconds < float("inf"):
-        stage = replace(
-            stage, steps=run.steps_within(stage, 0.9 * seconds / (seeds * len(ABLATION)))
-        )
+        each = ABLATION_SHARE * seconds / (seeds * len(ABLATION))
+        stage = replace(stage, steps=run.steps_within(stage, each))
         started = time.perf_counter()
     for seed in range(1, seeds + 1):
         began = time.perf_counter()
@@ -167,7 +184,13 @@ def write_scores(
     from jv5kernels.training.score_card import score_ablation, score_card
 
     scores = score_card(
-        model, list(packages), teacher, device=device, cache=run.folder, tell=run.tell
+        model,
+        list(packages),
+        teacher,
+        device=device,
+        cache=run.folder,
+        documentation=run.documentation,
+        tell=run.tell,
     )
     scores += score_ablation(
         trained, run.folder / "ablation", list(packages), device=device, tell=run.tell

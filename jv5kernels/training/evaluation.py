@@ -7,6 +7,7 @@ classification: the archive sections, whose names the training saw on other pack
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,16 +18,19 @@ from jv5kernels.calibrator import Calibrator
 from jv5kernels.ops.quantize import quantize_int8
 from jv5kernels.storage import dequantize
 from jv5kernels.training.corpus import Package
+from jv5kernels.training.long_texts import Chapter, passages_of
 from jv5kernels.training.scores import ndcg_at
 
 __all__ = [
     "FORMS",
     "HeldOut",
+    "Titles",
     "bm25_scores",
     "classification_accuracy",
     "clustering_v_measure",
     "form_scores",
     "held_out",
+    "held_out_titles",
     "long_members",
     "member_accuracy",
     "retrieval_ndcg",
@@ -38,7 +42,53 @@ LONG_TEXTS = 24
 PERCENTILE = 99.9
 # Sections with fewer packages than this are no clusters.
 SMALLEST_SECTION = 20
+# Titles of fewer words, such as "Introduction", say nothing of their chapter.
+TITLE_WORDS = 3
+NUMBERING = re.compile(r"^(Chapter |Appendix )?([A-Z]|\d+)(\.\d+)*\.? ")
 GRADES = ("nothing", "section", "source package", "package")
+
+
+@dataclass(frozen=True)
+class Titles:
+    """Titles of sections as queries, and the chapters of documentation, without titles, that they are to find.
+
+    Attributes:
+        titles: one query each; no title belongs to two chapters.
+        chapter: (titles,) whose section it is.
+        passages: of every chapter, each short enough for the teacher to read.
+    """
+
+    titles: list[str]
+    chapter: np.ndarray
+    passages: list[list[str]]
+
+    @property
+    def texts(self) -> list[str]:
+        """Every chapter as one text."""
+        return ["\n".join(passages) for passages in self.passages]
+
+
+def held_out_titles(chapters: Sequence[Chapter], split: str = "test") -> Titles:
+    """Returns the English chapters of a split, and what their sections are called without their numbers.
+
+    Raises:
+        ValueError: the split has no titles.
+    """
+    chosen = [c for c in chapters if c.split == split and c.language == "en"]
+    found: dict[str, set[int]] = {}
+    for number, chapter in enumerate(chosen):
+        for title, _ in chapter.sections:
+            plain = NUMBERING.sub("", title).strip()
+            if len(plain.split()) >= TITLE_WORDS:
+                found.setdefault(plain, set()).add(number)
+    titles = {title: of.pop() for title, of in found.items() if len(of) == 1}
+    if not titles:
+        raise ValueError(f"split={split!r} has no titles of English documentation")
+    passages = [
+        [passage for _, text in chapter.sections for passage in passages_of(("", text))]
+        for chapter in chosen
+    ]
+    return Titles(list(titles), np.asarray(list(titles.values())), passages)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from jv5kernels.synthetic.tokenizer import train_tokenizer
 from jv5kernels.training.batches import Batches, Source, grouped
 from jv5kernels.training.corpus import Package, Texts, build_texts
+from jv5kernels.training.long_texts import DOCUMENT, Chapter, build_passages
 from jv5kernels.training.objective import Objective
 from jv5kernels.training.recipe import Recipe, Stage
 from jv5kernels.training.rotation import rotate_model
@@ -78,6 +79,7 @@ class Run:
         device: "cuda" or "cpu".
         progress: show progress bars.
         tell: is told what happens next.
+        documentation: chapters for long texts; only those of the split "train" are learnt from.
     """
 
     folder: Path
@@ -87,6 +89,7 @@ class Run:
     device: str
     progress: bool = True
     tell: Callable[[str], object] = print
+    documentation: Sequence[Chapter] = ()
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -139,10 +142,28 @@ class Run:
             count=NEIGHBOURS,
             device=self.device,
         )
-        self.source = replace(source, neighbours=neighbours).warm_up()
+        self.source = replace(source, neighbours=neighbours, **self._documentation()).warm_up()
         self.ids = torch.from_numpy(texts.ids.astype(np.int32)).to(self.device)
         self.targets = torch.from_numpy(targets).to(self.device)
         self._timed("mined")
+
+    def _documentation(self) -> dict[str, Any]:
+        """What a `Source` needs for long texts."""
+        found: dict[str, Any] = {
+            "prompt": len(self.tokenizer.encode(DOCUMENT).ids),
+            "newline": np.asarray(self.tokenizer.encode("\n").ids, dtype=np.uint16),
+        }
+        chapters = [chapter for chapter in self.documentation if chapter.split == "train"]
+        if chapters:
+            passages = build_passages(chapters, self.tokenizer)
+            found["passages"] = passages
+            found["passage_targets"] = embed_with_teacher(
+                self.teacher, passages.english_texts, device=self.device, cache=self.folder
+            )
+            self._timed(
+                f"{len(passages.starts) - 1} chapters of {len(passages.offsets) - 1} passages"
+            )
+        return found
 
     def pace(self, seconds: float, longest: float = 1.5) -> float:
         """Scales the steps of all stages so that the model is done about so many seconds after the run's start.

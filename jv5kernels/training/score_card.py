@@ -13,13 +13,21 @@ import numpy as np
 
 from jv5kernels.training import evaluation
 from jv5kernels.training.corpus import Package
-from jv5kernels.training.evaluation import FORMS, HeldOut, form_scores, held_out, retrieval_ndcg
+from jv5kernels.training.evaluation import (
+    FORMS,
+    HeldOut,
+    Titles,
+    form_scores,
+    held_out,
+    retrieval_ndcg,
+)
+from jv5kernels.training.long_texts import Chapter, mean_of_parts
 from jv5kernels.training.teacher import embed_with_teacher
 
 if TYPE_CHECKING:
     from jv5kernels.encoder import FastEncoder
 
-__all__ = ["Score", "score_ablation", "score_card"]
+__all__ = ["Score", "score_ablation", "score_card", "score_documentation"]
 
 ENGLISH = "synopsis to description"
 # About 700 and 6,000 tokens.
@@ -45,6 +53,7 @@ def score_card(
     *,
     device: str,
     cache: Path | None = None,
+    documentation: Sequence[Chapter] = (),
     tell: Callable[[str], object] = print,
 ) -> list[Score]:
     """Returns the scores of a model of this layout, its teacher and BM25 on the split "test".
@@ -54,6 +63,7 @@ def score_card(
         teacher: folder or hub id of a Sentence Transformers model.
         device: "cuda" or "cpu".
         cache: folder to keep the teacher's embeddings in.
+        documentation: chapters; those of the split "test" are looked for by the titles of their sections.
     """
     from jv5kernels.encoder import FastEncoder
 
@@ -74,6 +84,10 @@ def score_card(
         scores += _foreign(texts, documents, lambda t: encoder.encode_query(t, task="retrieval"))
         tell("scoring the model on long texts")
         scores += _long(texts, queries, documents, encoder)
+        if documentation:
+            tell("scoring on documentation")
+            titles = evaluation.held_out_titles(documentation)
+            scores += score_documentation(encoder, titles, teacher, device=device, cache=cache)
     if "text-matching" in encoder.tasks:
         pair = [
             encoder.encode_document(t, task="text-matching")
@@ -177,6 +191,44 @@ def _long(
             value = evaluation.member_accuracy(queries, embeddings, members)
             scores.append(Score(work, impl, "accuracy", value, "", members.size))
     return scores
+
+
+def score_documentation(
+    encoder: FastEncoder, titles: Titles, teacher: str, *, device: str, cache: Path | None = None
+) -> list[Score]:
+    """Chapters as one text and as the mean of their passages, by the model, its teacher, and BM25."""
+
+    def taught(chosen: Sequence[str]) -> np.ndarray:
+        found = embed_with_teacher(teacher, chosen, device=device, cache=cache)
+        return found.astype(np.float32)
+
+    def model(chosen: Sequence[str]) -> np.ndarray:
+        return encoder.encode_document(chosen, task="retrieval")
+
+    flat = [passage for passages in titles.passages for passage in passages]
+    bounds = np.cumsum([len(passages) for passages in titles.passages])[:-1]
+
+    def means(embed: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:
+        parts = np.split(embed(flat), bounds)
+        return np.stack([mean_of_parts(part) for part in parts])
+
+    queries = encoder.encode_query(titles.titles, task="retrieval")
+    found = {
+        "BM25": evaluation.bm25_scores(titles.titles, titles.texts),
+        "teacher, mean of parts": _cosines(taught(titles.titles), means(taught)),
+        "model": _cosines(queries, model(titles.texts)),
+        "model, mean of parts": _cosines(queries, means(model)),
+    }
+    work = f"section title to chapter, of {len(titles.passages)}"
+    return [
+        _score(work, impl, retrieval_ndcg(scores, titles.chapter), len(titles.titles))
+        for impl, scores in found.items()
+    ]
+
+
+def _cosines(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """The queries are unit vectors; the documents become such."""
+    return queries @ (documents / np.linalg.norm(documents, axis=1, keepdims=True)).T
 
 
 def _similarity(impl: str, texts: HeldOut, synopses: np.ndarray, descriptions: np.ndarray) -> Score:

@@ -139,7 +139,7 @@ def embed(
 
     Args:
         ids: (ids of all texts,) int32, on the backbone's device.
-        parts: what `batches.grouped` returns, on the same device.
+        parts: what `batches.grouped` returns, on the same device; one that has `ids` (texts, width) brings its own.
         dropout: share of values of the token embeddings set to 0, in training mode.
         thinning: share of each text's tokens left out, in training mode.
     """
@@ -150,8 +150,12 @@ def embed(
         position, last = torch.arange(part["width"], device=ids.device), part["last"]
         if thinning and module.training:
             position, last = thinned(last, part["width"], thinning)
-        at = part["start"][:, None] + position
-        values = module.get_input_embeddings()(ids[at.clamp_max(len(ids) - 1)])
+        if "ids" in part:
+            at = position.expand(len(last), -1).clamp_max(part["width"] - 1)
+            chosen = part["ids"].gather(1, at)
+        else:
+            chosen = ids[(part["start"][:, None] + position).clamp_max(len(ids) - 1)]
+        values = module.get_input_embeddings()(chosen)
         if torch.is_autocast_enabled(ids.device.type):
             values = values.to(torch.get_autocast_dtype(ids.device.type))
         values = nn.functional.dropout(values, dropout, module.training)
