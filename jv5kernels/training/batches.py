@@ -28,7 +28,7 @@ GROUPS, GROUPS_OF_SHORT, SHORT = 4, 2, 64
 WIDTH = 16
 NEGATIVES_PER_ANCHOR = 7
 # Long texts of a step, at most, and how much shorter than the longest the shortest of them are.
-LONG_TEXTS, SHORTEST_LONG = 32, 1 / 32
+LONG_TEXTS, SHORTEST_LONG = 16, 1 / 32
 # What they are made of: passages of documentation that follow each other, packages of one section, any packages.
 LONG_KINDS, LONG_SHARES = ("documentation", "section", "any"), (0.35, 0.25, 0.4)
 # How often a text is taken in English where other languages are there.
