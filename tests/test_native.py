@@ -48,8 +48,10 @@ def test_needs_no_library_of_torch():
     if shutil.which("ldd") is None:
         pytest.skip("needs ldd")
     linked = subprocess.run(["ldd", _C.__file__], check=True, capture_output=True, text=True).stdout
+    # Names alone: an address that a library was loaded at may spell one of these.
+    names = [line.split()[0] for line in linked.splitlines()]
     for library in ("torch", "c10", "cuda", "gomp"):
-        assert library not in linked
+        assert not any(library in name for name in names), names
 
 
 @needs_native
