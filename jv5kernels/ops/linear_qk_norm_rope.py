@@ -6,6 +6,8 @@ and the projection is written once instead of being read and written again.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -116,35 +118,12 @@ def _linear_qk_norm_rope_torch(
     )
 
 
-def _linear_qk_norm_rope_gluon(
-    x: Tensor,
-    weight: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    batch_invariant: bool,
-) -> Tensor:
+def _linear_qk_norm_rope_gluon(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     from jv5kernels.kernels.linear_qk_norm_rope import launch_linear_qk_norm_rope
 
+    *rotation, _ = others  # its bits never depend on the batch
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    launch_linear_qk_norm_rope(
-        x,
-        weight,
-        positions,
-        cos_sin,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        q_weight,
-        k_weight,
-        eps,
-        out,
-    )
+    launch_linear_qk_norm_rope(x, weight, *rotation, out)
     return out
 
 
