@@ -219,7 +219,10 @@ def host_record(problem: Problem, mode: str) -> dict[str, Any]:
     # Their bits are those of embeddings rounded to the dtype of hidden.
     limit = 1e-4 if problem.hidden.dtype == torch.float32 else 1e-2
     check_bits(theirs(), problem.expected(mode), limit, f"{name}, {PEER}")
-    ours = lambda: on_host(problem.ours(mode, "ubinary"))  # noqa: E731
+
+    def ours() -> torch.Tensor:
+        return on_host(problem.ours(mode, "ubinary"))
+
     check_bits(ours(), problem.expected(mode), 1e-4, name)
     calls = {"triton": ours, PEER: theirs}
     timings = time_interleaved(calls)

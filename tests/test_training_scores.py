@@ -158,13 +158,16 @@ def test_long_texts_and_who_is_in_them(pair: tuple[np.ndarray, np.ndarray]) -> N
 
 
 def test_titles_of_one_chapter_alone_are_queries() -> None:
+    rows = chapter_rows()
+    for row in rows[2:4]:
+        row["sections"] += [
+            ["1.2. The editor of all chapters", "text"],
+            ["Introduction", "more text"],
+        ]
     chapters = [
         Chapter(row["source"], row["chapter"], row["language"], row["split"], row["sections"])
-        for row in chapter_rows()
+        for row in rows
     ]
-    extra = (["1.2. The editor of all chapters", "text"], ["Introduction", "more text"])
-    for chapter in chapters[2:4]:
-        chapter.sections.extend(extra)  # type: ignore
     titles = evaluation.held_out_titles(chapters)
     assert len(titles.passages) == len(titles.texts) == 2
     expected = [(t, i) for i in (0, 1) for t, _ in chapters[2 + i].sections[:3]]

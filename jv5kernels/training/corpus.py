@@ -6,17 +6,16 @@ reads English alone, so the target of a text in another language is the embeddin
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from jv5kernels.training.json_lines import read_json_lines
 
 __all__ = ["KINDS", "Package", "Rows", "Texts", "build_texts", "read_packages"]
 
@@ -48,19 +47,7 @@ def read_packages(path: str | Path) -> list[Package]:
     Raises:
         ValueError: a line that is not JSON or lacks a key, with its number.
     """
-    packages = []
-    for number, line in enumerate(_lines(Path(path)), start=1):
-        try:
-            packages.append(_package(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: no package: {error!r}") from error
-    return packages
-
-
-def _lines(path: Path) -> Iterator[str]:
-    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-    with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-        yield from file
+    return read_json_lines(path, _package, "package")
 
 
 def _package(row: dict[str, Any]) -> Package:

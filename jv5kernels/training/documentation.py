@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
-import lzma
 import re
 import subprocess
 import sys
@@ -30,6 +28,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jv5kernels.training.html_sections import Section, read_sections
+from jv5kernels.training.json_lines import packed, write_whole
+from jv5kernels.training.packages import LANGUAGES
 
 __all__ = ["PACKAGES", "build", "chapters_of", "download", "main"]
 
@@ -50,12 +50,13 @@ HELD_OUT = frozenset(
     "bash cmake developers-reference fish git pam postfix python3.11 sphinx".split()
 )
 # Language tags as the corpus of packages has them.
-LANGUAGES = ("en", "de", "es", "fr", "it", "ja", "ko", "pl", "pt_BR", "ru", "zh_CN")
 TAGS = {tag.lower(): tag for tag in LANGUAGES}
 # Where a page's path and a package's name say a language: a folder, an ending before .html, the name's end.
 IN_PATH = re.compile(r"(?:/|\.)([a-z]{2}(?:[-_][A-Za-z]{2})?)(?=[/.])")
 IN_NAME = re.compile(r"-([a-z]{2}(?:-[a-z]{2})?)$")
 DECLARED = re.compile(rb"""<html[^>]*?\blang=["']?([\w-]+)""", re.IGNORECASE)
+# Pages and copyright files.
+WANTED = re.compile(r"(\.x?html?(\.gz)?|/copyright)$")
 # Pages of source code, indices and lists of changes.
 NO_TEXT = re.compile(
     r"/(_modules|_sources)/|index|search|/contents\.html|RelNotes|changelog|whatsnew"
@@ -116,13 +117,12 @@ def origin_and_pages(path: Path) -> tuple[Origin, Iterator[tuple[str, bytes]]]:
     """
     if path.is_dir():
         control = (path / "DEBIAN" / "control").read_text("utf-8")
-        files = {str(p.relative_to(path)): p for p in sorted(path.rglob("*")) if p.is_file()}
-        read: Callable[[str], bytes] = lambda name: files[name].read_bytes()  # noqa: E731
-        names = list(files)
+        inside = {str(p.relative_to(path)): p for p in path.rglob("*") if p.is_file()}
+        files = {name: p.read_bytes() for name, p in inside.items() if WANTED.search(name)}
     else:
         control = _output(["dpkg-deb", "--field", str(path)]).decode()
-        files_of_deb = _unpacked(path)
-        read, names = files_of_deb.__getitem__, sorted(files_of_deb)
+        files = _unpacked(path)
+    names = sorted(files)
     fields: dict[str, str] = dict(re.findall(r"^(\w[\w-]*): *(.*)$", control, re.MULTILINE))
     if "Package" not in fields:
         raise ValueError(f"{path} is no Debian package: its control file names none")
@@ -133,10 +133,10 @@ def origin_and_pages(path: Path) -> tuple[Origin, Iterator[tuple[str, bytes]]]:
         fields["Package"],
         fields.get("Source", fields["Package"]).split(" ")[0],
         fields.get("Version", ""),
-        _licence(b"\n".join(map(read, notices)).decode("utf-8", "replace")),
+        _licence(b"\n".join(files[name] for name in notices).decode("utf-8", "replace")),
     )
     pages = (
-        (name, gzip.decompress(read(name)) if name.endswith(".gz") else read(name))
+        (name, gzip.decompress(files[name]) if name.endswith(".gz") else files[name])
         for name in names
         if re.search(r"\.x?html?(\.gz)?$", name) and not NO_TEXT.search(name)
     )
@@ -153,11 +153,11 @@ def _unpacked(path: Path) -> dict[str, bytes]:
         subprocess.run(["dpkg-deb", "--fsys-tarfile", str(path)], check=True, stdout=file)
         file.seek(0)
         with tarfile.open(fileobj=file) as archive:
-            return {
-                member.name.removeprefix("./"): archive.extractfile(member).read()  # type: ignore
-                for member in archive
-                if member.isfile() and re.search(r"(\.x?html?(\.gz)?|/copyright)$", member.name)
+            wanted = [member for member in archive if WANTED.search(member.name)]
+            opened = {
+                m.name.removeprefix("./"): archive.extractfile(m) for m in wanted if m.isfile()
             }
+            return {name: content.read() for name, content in opened.items() if content}
 
 
 def _licence(notice: str) -> str:
@@ -260,13 +260,12 @@ def build(
     share = 1.0
     while True:
         rows = [row for found in of_packages for row in found[: round(share * len(found))]]
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        packed = gzip.compress(data, mtime=0) if out.suffix == ".gz" else lzma.compress(data)
-        if len(packed) <= most_bytes or not rows:
+        data = packed(rows, out)
+        if len(data) <= most_bytes or not rows:
             break
-        share *= min(0.98, most_bytes / len(packed))
-    out.write_bytes(packed)
-    tell(f"{out}: {len(rows)} chapters, {len(packed):,} bytes")
+        share *= min(0.98, most_bytes / len(data))
+    write_whole(out, data)
+    tell(f"{out}: {len(rows)} chapters, {len(data):,} bytes")
     return len(rows)
 
 

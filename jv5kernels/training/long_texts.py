@@ -7,9 +7,6 @@ Parts of one package alone would not do: whoever knows the first of them knows t
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from jv5kernels.training.json_lines import read_json_lines
 
 __all__ = [
     "DOCUMENT",
@@ -53,19 +52,12 @@ def read_chapters(path: str | Path) -> list[Chapter]:
     Raises:
         ValueError: a line that is not JSON or lacks a key, with its number.
     """
-    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-    chapters = []
-    with openers.get(Path(path).suffix, open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                sections = tuple((str(title), str(text)) for title, text in row["sections"])
-                chapters.append(
-                    Chapter(row["source"], row["chapter"], row["language"], row["split"], sections)
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: no chapter: {error!r}") from error
-    return chapters
+    return read_json_lines(path, _chapter, "chapter")
+
+
+def _chapter(row: dict[str, Any]) -> Chapter:
+    sections = tuple((str(title), str(text)) for title, text in row["sections"])
+    return Chapter(row["source"], row["chapter"], row["language"], row["split"], sections)
 
 
 def text_of(chapter: Chapter) -> str:

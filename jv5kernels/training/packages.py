@@ -17,7 +17,6 @@ import argparse
 import bz2
 import gzip
 import hashlib
-import json
 import lzma
 import sys
 import urllib.error
@@ -27,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from jv5kernels.training.json_lines import packed, write_whole
 
 __all__ = ["LANGUAGES", "build", "main", "paragraphs", "split_of"]
 
@@ -145,15 +146,6 @@ def build(
     return lines
 
 
-def write(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes JSON lines, compressed as the name says, to a temporary name that is then the file's."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-    compressed: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.compress, ".gz": gzip.compress}
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(compressed.get(path.suffix, bytes)(text))
-    temporary.replace(path)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
@@ -176,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     lines = build(paragraphs(packages), translations)
-    write(lines, options.output)
+    write_whole(options.output, packed(lines, options.output))
     held_out = sum(line["split"] == "test" for line in lines)
     print(f"{options.output}: {len(lines)} packages, {held_out} of them held out")
     return 0
