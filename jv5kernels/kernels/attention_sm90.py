@@ -67,7 +67,7 @@ HEADROOM = gl.constexpr(40.0)
 LIMIT = gl.constexpr(2.0**40)  # of a row's sum under the static offset
 Q_SLOTS = gl.constexpr(2)
 # What the producer tells the consumers of a row tile.
-BEGIN, LENGTH, FIRST_ROW, HEAD, ONLINE = (gl.constexpr(i) for i in range(5))
+BEGIN, LENGTH, END_ROW, HEAD, ONLINE = (gl.constexpr(i) for i in range(5))
 FIELDS = gl.constexpr(5)
 
 
@@ -88,11 +88,11 @@ CONFIGS = {
 
 
 @gluon.jit
-def key_tiles(first_row, length, HEIGHT: gl.constexpr, BN: gl.constexpr, IS_CAUSAL: gl.constexpr):
-    """How many key tiles HEIGHT rows from first_row on see."""
+def key_tiles(end_row, length, BN: gl.constexpr, IS_CAUSAL: gl.constexpr):
+    """How many key tiles the rows before end_row see."""
     end = length
     if IS_CAUSAL:
-        end = gl.minimum(first_row + HEIGHT, length)
+        end = gl.minimum(end_row, length)
     return gl.cdiv(end, BN)
 
 
@@ -124,7 +124,7 @@ def produce(
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Feeds the consumers row tile by row tile, and ends with one whose first row is negative."""
+    """Feeds the consumers row tile by row tile, and ends with one whose end row is negative."""
     q_desc, k_desc, v_desc = descriptors
     q_smem, k_smem, v_smem = memory
     tiles, again = notes
@@ -143,44 +143,44 @@ def produce(
         online = wants_again(again, slot)
         begin = get(tiles, slot * FIELDS + BEGIN, 1)
         length = get(tiles, slot * FIELDS + LENGTH, 1)
-        first_row = get(tiles, slot * FIELDS + FIRST_ROW, 1)
+        end_row = get(tiles, slot * FIELDS + END_ROW, 1)
         i_h = get(tiles, slot * FIELDS + HEAD, 1)
         if online != 0:
             is_blank = False
         else:
-            first_row = -1
-            while (first_row < 0) & (tile < total):
+            end_row = -1
+            while (end_row <= 0) & (tile < total):
                 i_slot = tile // section % slots
                 i_h = tile // section // slots * section + tile % section
                 i_b = find_sequence(cu_seqlens, i_slot, B, search_steps, BM)
                 begin = gl.load(cu_seqlens + i_b)
                 length = gl.load(cu_seqlens + i_b + 1) - begin
-                # Last rows first: they have the most keys when causal.
-                first_row = (gl.cdiv(length, BM) - 1 - (i_slot - begin // BM - i_b)) * BM
+                # Last rows first: they have the most keys when causal. Row tiles end where the sequence does, so the
+                # one that is not full is the first, where the least is to do.
+                end_row = gl.cdiv(length, ROWS) * ROWS - (i_slot - begin // BM - i_b) * BM
                 if total > grid:
                     tile = grid + gl.atomic_add(counter, 1, sem="relaxed")
                 else:
                     tile = total
-            if first_row < 0:
+            if end_row <= 0:
                 # The other slot's tile may still ask to be done again, which is known when its slot comes round:
                 # a blank tile goes in between, and the end after that.
                 length = 0
-                if not is_blank:
-                    first_row = 0
+                end_row = gl.where(is_blank, -1, 0)
                 is_blank = True
         put(tiles, slot * FIELDS + BEGIN, begin, 1)
         put(tiles, slot * FIELDS + LENGTH, length, 1)
-        put(tiles, slot * FIELDS + FIRST_ROW, first_row, 1)
+        put(tiles, slot * FIELDS + END_ROW, end_row, 1)
         put(tiles, slot * FIELDS + HEAD, i_h, 1)
         put(tiles, slot * FIELDS + ONLINE, online, 1)
-        n = key_tiles(first_row, length, BM, BN, IS_CAUSAL)
-        if n == 0:
+        n = key_tiles(end_row, length, BN, IS_CAUSAL)
+        if n <= 0:
             mbarrier.arrive(q_bars[0].index(slot))
-            is_running = first_row >= 0
+            is_running = end_row >= 0
         else:
             mbarrier.expect(q_bars[0].index(slot), BM * D * 2)
             for c in gl.static_range(CONSUMERS):
-                row = begin + first_row + c * ROWS
+                row = begin + end_row + (c - CONSUMERS) * ROWS
                 load_tile(
                     q_desc,
                     [row, i_h * D],
@@ -210,7 +210,6 @@ def consume(
     """Computes 64 rows of every row tile of this program."""
     q_smem, k_smem, v_smem = memory
     tiles, again = notes
-    BM: gl.constexpr = ROWS * CONSUMERS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     l_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
@@ -227,16 +226,16 @@ def consume(
     stage = 0
     phase = 0
     mbarrier.wait(q_bars[0].index(slot), slot_phase)
-    tile_row = get(tiles, FIRST_ROW, 4)
-    while tile_row >= 0:
+    tile_end = get(tiles, END_ROW, 4)
+    while tile_end >= 0:
         begin = get(tiles, slot * FIELDS + BEGIN, 4)
         length = get(tiles, slot * FIELDS + LENGTH, 4)
         i_h = get(tiles, slot * FIELDS + HEAD, 4)
         online = get(tiles, slot * FIELDS + ONLINE, 4)
-        first_row = tile_row + C * ROWS
-        n = gl.where(first_row < length, key_tiles(first_row, length, ROWS, BN, IS_CAUSAL), 0)
+        first_row = tile_end + (C - CONSUMERS) * ROWS
+        n = gl.where(first_row >= 0, key_tiles(first_row + ROWS, length, BN, IS_CAUSAL), 0)
         # Key tiles that these rows do not see pass by.
-        for _ in range(key_tiles(tile_row, length, BM, BN, IS_CAUSAL) - n):
+        for _ in range(key_tiles(tile_end, length, BN, IS_CAUSAL) - n):
             mbarrier.wait(k_bars[0].index(stage), phase)
             mbarrier.arrive(k_bars[1].index(stage))
             mbarrier.wait(v_bars[0].index(stage), phase)
@@ -292,7 +291,7 @@ def consume(
         mbarrier.arrive(q_bars[1].index(slot))
         slot, slot_phase = advance(slot, slot_phase, Q_SLOTS)
         mbarrier.wait(q_bars[0].index(slot), slot_phase)
-        tile_row = get(tiles, slot * FIELDS + FIRST_ROW, 4)
+        tile_end = get(tiles, slot * FIELDS + END_ROW, 4)
 
 
 @gluon.jit(do_not_specialize=["slots", "B", "search_steps", "section", "total"])

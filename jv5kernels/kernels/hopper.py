@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Names that Gluon changed after Triton 3.6.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 # Where the row dimension of a ragged descriptor ends: at the end of the sequence.

@@ -5,13 +5,10 @@
     y[:h]   = n[:h] · cos - n[h:] · sin                       h = D / 2
     y[h:]   = n[h:] · cos + n[:h] · sin                       all in fp32, rounded once
 
-A program takes tiles of 128 x 256. Two warpgroups have 64 rows of it each and a producer warp feeds them by TMA. A
-thread of a wgmma holds columns c and c + h of the same head for the same rows, so halves meet in registers and a mean
-square passes between the four lanes of a row. Cosines, sines and the norm's weight are on their way from the caches to
-registers while the products run; without that, every tile waits for them at its end.
-
-Each tile is one loop over the whole of K, and the configuration is fixed: a row gives the same bits in any batch.
-Tiles are ordered in bands of GROUP row tiles, which share their part of the weight through the L2 cache.
+The products are those of linear_sm90.py. A thread of a wgmma holds columns c and c + h of the same head for the same
+rows, so halves meet in registers and a mean square passes between the four lanes of a row. Cosines, sines and the
+norm's weight are on their way from the caches to registers while the products run; without that, every tile waits for
+them at its end. The configuration is fixed: a row gives the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -19,42 +16,27 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from jv5kernels.kernels.hopper import (
-    advance,
-    block_barrier,
-    load_tile,
-    multiprocessors,
-    ring,
+from jv5kernels.kernels import linear_sm90
+from jv5kernels.kernels.linear_sm90 import (
+    BC,
+    BN,
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    PRODUCER_REGISTERS,
+    ROWS,
+    allocate,
+    descriptors,
+    finish,
+    left_and_right,
+    multiply,
+    produce,
+    programs,
+    store,
+    tile_of,
 )
-from jv5kernels.kernels.linear import device_class, fits_descriptors
 
-CONSUMERS = gl.constexpr(2)
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
-ROWS = gl.constexpr(64)  # of one consumer, the height of a wgmma
-BN = gl.constexpr(256)
-BK = gl.constexpr(64)
-STAGES = gl.constexpr(4)
-# Columns that the epilogue takes at a time: one head or two.
-BC = gl.constexpr(128)
-# Row tiles that are taken together for each column of weight tiles.
-GROUP = gl.constexpr(8)
 HEAD_DIMS = (64, 128)
-
-
-@gluon.jit
-def tile_of(i_tile, tiles_m, tiles_n: gl.constexpr):
-    """Row and column of a tile: bands of GROUP row tiles, column by column."""
-    first = i_tile // (GROUP * tiles_n) * GROUP
-    rows = gl.minimum(tiles_m - first, GROUP)
-    within = i_tile % (GROUP * tiles_n)
-    return first + within % rows, within // rows
 
 
 @gluon.jit
@@ -68,12 +50,6 @@ def halves_of_heads(b, D: gl.constexpr):
 def heads_of_halves(b_1, b_2, D: gl.constexpr):
     """The inverse of halves_of_heads."""
     return gl.reshape(gl.permute(gl.join(b_1, b_2), [0, 1, 3, 2]), [ROWS, BC])
-
-
-@gluon.jit
-def left_and_right(b):
-    """[ROWS, BN] -> its two halves [ROWS, BC]."""
-    return gl.split(gl.permute(gl.reshape(b, [ROWS, 2, BC]), [0, 2, 1]))
 
 
 @gluon.jit
@@ -97,49 +73,11 @@ def of_all_heads(b):
 
 
 @gluon.jit
-def store(b, out, first_row, first_column, T, N: gl.constexpr):
-    """Writes [ROWS, BC] in pieces of 16 bytes a lane, rows where the products leave them."""
-    layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]],
-        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [ROWS, BC],
-    )  # fmt: skip
-    b = gl.convert_layout(b.to(out.dtype.element_ty), layout)
-    o_t = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    o_c = gl.arange(0, BC, gl.SliceLayout(0, layout))
-    p = out + o_t[:, None].to(gl.int64) * N + (first_column + o_c)[None, :]
-    gl.store(p, b, mask=(o_t < T)[:, None] & (o_c < BC)[None, :])
-
-
-@gluon.jit
-def produce(x_desc, w_desc, memory, bars, T, N: gl.constexpr, K: gl.constexpr):
-    """Feeds the consumers: per step of K, 64 rows of x for each of them and a tile of the weight."""
-    x_smem, w_smem = memory
-    full, empty = bars
-    tiles_m = gl.cdiv(T, CONSUMERS * ROWS)
-    tiles_n: gl.constexpr = N // BN
-    stage = 0
-    phase = 0
-    for i_tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        i_m, i_n = tile_of(i_tile, tiles_m, tiles_n)
-        for i_k in range(0, K, BK):
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            bar = full.index(stage)
-            mbarrier.expect(bar, (CONSUMERS * ROWS + BN) * BK * 2)
-            for c in gl.static_range(CONSUMERS):
-                row = (i_m * CONSUMERS + c) * ROWS
-                load_tile(x_desc, [row, i_k], bar, x_smem.index(stage * CONSUMERS + c))
-            load_tile(w_desc, [i_n * BN, i_k], bar, w_smem.index(stage))
-            stage, phase = advance(stage, phase, STAGES)
-
-
-@gluon.jit
 def consume(
-    C: gl.constexpr, out, positions, cos_sin, q_weight, k_weight, memory, bars, T, P, eps,
+    C: gl.constexpr, out_desc, positions, cos_sin, q_weight, k_weight, memory, bars, T, P, eps,
     HQ: gl.constexpr, HK: gl.constexpr, D: gl.constexpr, K: gl.constexpr, HAS_NORM: gl.constexpr,
 ):  # fmt: skip
     """Computes 64 rows of every tile of this program."""
-    x_smem, w_smem = memory
-    full, empty = bars
     N: gl.constexpr = (HQ + 2 * HK) * D
     tiles_m = gl.cdiv(T, CONSUMERS * ROWS)
     tiles_n: gl.constexpr = N // BN
@@ -171,31 +109,23 @@ def consume(
                     p_weight = gl.where(i_n * BN < HQ * D, q_weight, k_weight)
             b_weights = (gl.load(p_weight + o_d), gl.load(p_weight + D // 2 + o_d))
 
-        b_out = gl.zeros([ROWS, BN], gl.float32, layout)
-        for _ in range(0, K, BK):
-            mbarrier.wait(full.index(stage), phase)
-            b_x = x_smem.index(stage * CONSUMERS + C)
-            b_weight = w_smem.index(stage).permute((1, 0))
-            b_out = warpgroup_mma(b_x, b_weight, b_out, is_async=True)
-            b_out = warpgroup_mma_wait(0, [b_out])
-            mbarrier.arrive(empty.index(stage))
-            stage, phase = advance(stage, phase, STAGES)
-
+        b_out, stage, phase = multiply(C, memory, bars, stage, phase, K)
         b_parts = left_and_right(b_out)
         for part in gl.static_range(2):
             first_column = i_n * BN + part * BC
             if is_rotated:
                 b = rotated(b_parts[part], b_cos, b_sin, b_weights, eps, D)
-                store(b, out, first_row, first_column, T, N)
+                store(b, out_desc, memory, C, first_row, first_column)
             else:
-                store(b_parts[part], out, first_row, first_column, T, N)
+                store(b_parts[part], out_desc, memory, C, first_row, first_column)
+    finish()
 
 
 @gluon.jit(do_not_specialize=["T", "P"])
 def linear_qk_norm_rope_kernel(
     x_desc,  # [T, K], block [ROWS, BK]
-    w_desc,  # [N, K], block [BN, BK]
-    out,  # [T, N], contiguous
+    w_desc,  # [1, N, K], block [1, BN, BK]
+    out_desc,  # [T, N], block [ROWS, BC]
     positions,  # [T] int32
     cos_sin,  # [P, D] fp32
     q_weight,  # [D] or None
@@ -210,20 +140,15 @@ def linear_qk_norm_rope_kernel(
 ):
     N: gl.constexpr = (HQ + 2 * HK) * D
     HAS_NORM: gl.constexpr = q_weight is not None or k_weight is not None
-    dtype: gl.constexpr = x_desc.dtype
-    x_smem = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, ROWS, BK], x_desc.layout)
-    w_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], w_desc.layout)
-    bars = ring(STAGES, CONSUMERS)
-    block_barrier()
-    memory = (x_smem, w_smem)
+    memory, bars = allocate(x_desc, w_desc, 1)
     # These tuples stand inline: through a variable their constexprs would become tensors.
     gl.warp_specialize(
         [
-            (consume, (0, out, positions, cos_sin, q_weight, k_weight, memory, bars, T, P, eps,
+            (consume, (0, out_desc, positions, cos_sin, q_weight, k_weight, memory, bars, T, P, eps,
                        HQ, HK, D, K, HAS_NORM)),
-            (consume, (1, out, positions, cos_sin, q_weight, k_weight, memory, bars, T, P, eps,
+            (consume, (1, out_desc, positions, cos_sin, q_weight, k_weight, memory, bars, T, P, eps,
                        HQ, HK, D, K, HAS_NORM)),
-            (produce, (x_desc, w_desc, memory, bars, T, N, K)),
+            (produce, (x_desc, w_desc, memory, bars, T, N // BN, K, 1)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -234,17 +159,13 @@ def reason_against(
     x: torch.Tensor, weight: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> str | None:
     """Why the kernel does not compute this projection, or None."""
-    if device_class(x.device) != "sm_90" or x.element_size() != 2:
-        return "the kernel is for 16-bit values on sm_90"
     if head_dim not in HEAD_DIMS:
         return f"the kernel takes head_dim {HEAD_DIMS[0]} and {HEAD_DIMS[1]}, not {head_dim}"
     # All heads of a tile are queries, keys or values.
     heads = BN.value // head_dim
     if num_heads % heads or num_kv_heads % heads:
         return f"the kernel takes {heads} heads at a time, not {num_heads} and {num_kv_heads}"
-    if not fits_descriptors(x, weight):
-        return "rows do not start at multiples of 16 bytes"
-    return None
+    return linear_sm90.reason_against(x, weight, weight.shape[0])
 
 
 def launch_linear_qk_norm_rope(
@@ -265,12 +186,8 @@ def launch_linear_qk_norm_rope(
     N = weight.shape[0]
     if T == 0 or N == 0:
         return
-    tiles = -(-T // (CONSUMERS.value * ROWS.value)) * (N // BN.value)
-    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=2)
-    linear_qk_norm_rope_kernel[(min(tiles, multiprocessors(x.device)),)](
-        TensorDescriptor.from_tensor(x, [ROWS.value, BK.value], layout),
-        TensorDescriptor.from_tensor(weight, [BN.value, BK.value], layout),
-        out,
+    linear_qk_norm_rope_kernel[(programs(T, N // BN.value, x.device),)](
+        *descriptors(x, weight, out),
         positions,
         cos_sin,
         q_weight,

@@ -1,107 +1,102 @@
-"""The gate of the MLP inside its GEMM: out = silu(x · Wgᵀ) · (x · Wuᵀ).
+"""The gate of the MLP inside its GEMM, for Hopper: out = silu(x · Wgᵀ) · (x · Wuᵀ).
 
     g[t, f] = Σ_k x[t, k] · weight[f, k]        u[t, f] = Σ_k x[t, k] · weight[F + f, k]
     out     = g / (1 + exp(-g)) · u             all in fp32, rounded once
 
-A tile of BF output columns takes BF gate rows of the weight and the BF up rows that belong to them in one load: the
-weight is seen as [2, F, K]. They are one operand and one accumulator of 2·BF columns, gate left and up right, which
-the epilogue splits, so the loop is that of a plain GEMM and the intermediate exists in registers alone. (Two
-accumulators of BF columns cost more: ptxas serialises their wgmmas when the loop over tiles is flattened.)
+The products are those of linear_sm90.py. A tile has BC gate rows of the weight and the BC up rows that belong to them,
+loaded at once: the weight is seen as [2, F, K]. They are one operand and one accumulator, gate left and up right, which
+the epilogue splits without a move, and the intermediate exists in registers alone.
 
-Each tile is one program's loop over the whole of K, and the configuration depends on (device class, element size)
-alone: a row gives the same bits in any batch.
-
-For tensor descriptors (TMA, sm_90) only. Traffic: x and weight through the L2 cache, out once.
+The configuration is fixed: a row gives the same bits in any batch. Traffic: x, weight through the L2 cache, out once.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
-from jv5kernels.kernels.linear import (
-    GROUP,
-    Config,
-    add_product,
-    device_class,
-    fits_descriptors,
-    number_of_programs,
+from jv5kernels.kernels import linear_sm90
+from jv5kernels.kernels.linear_sm90 import (
+    BC,
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    PRODUCER_REGISTERS,
+    ROWS,
+    allocate,
+    descriptors,
+    finish,
+    left_and_right,
+    multiply,
+    produce,
+    programs,
+    store,
     tile_of,
 )
 
-# (device class, bytes of an element) -> configuration; BN counts gate and up columns together.
-CONFIGS: dict[tuple[str, int], Config] = {
-    ("sm_90", 2): Config(128, 256, 64, num_warps=8, num_stages=4, use_descriptors=True),
-}
+
+@gluon.jit
+def sigmoid(b):
+    """1 / (1 + exp(-b)) in four instructions; the compiler takes eleven, for denormals that this cannot meet."""
+    asm: gl.constexpr = """{
+        .reg .f32 x;
+        mul.rn.f32 x, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 x, x;
+        add.rn.f32 x, x, 0f3F800000;
+        rcp.approx.ftz.f32 $0, x;
+    }"""
+    return gl.inline_asm_elementwise(asm, "=f,f", [b], gl.float32, is_pure=True, pack=1)
 
 
-@triton.jit(do_not_specialize=["T"])
+@gluon.jit
+def consume(C: gl.constexpr, out_desc, memory, bars, T, TILES_F: gl.constexpr, K: gl.constexpr):
+    """Computes 64 rows of every tile of this program."""
+    tiles_m = gl.cdiv(T, CONSUMERS * ROWS)
+    stage = 0
+    phase = 0
+    for i_tile in range(gl.program_id(0), tiles_m * TILES_F, gl.num_programs(0)):
+        i_m, i_f = tile_of(i_tile, tiles_m, TILES_F)
+        b_both, stage, phase = multiply(C, memory, bars, stage, phase, K)
+        b_gate, b_up = left_and_right(b_both)
+        b_out = b_gate * sigmoid(b_gate) * b_up
+        store(b_out, out_desc, memory, C, (i_m * CONSUMERS + C) * ROWS, i_f * BC)
+    finish()
+
+
+@gluon.jit(do_not_specialize=["T"])
 def linear_swiglu_kernel(
-    x,  # descriptor of [T, K], block [BM, BK]
-    weight,  # descriptor of [2, F, K], block [2, BF, BK]
-    out,  # descriptor of [T, F], block [BM, BF]
+    x_desc,  # [T, K], block [ROWS, BK]
+    w_desc,  # [2, F, K], block [2, BC, BK]
+    out_desc,  # [T, F], block [ROWS, BC]
     T,
-    F: tl.constexpr,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-    BF: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    TILES_F: gl.constexpr,
+    K: gl.constexpr,
 ):
-    tiles_m = tl.cdiv(T, BM)
-    tiles_f = tl.cdiv(F, BF)
-    for i_tile in tl.range(
-        tl.program_id(0), tiles_m * tiles_f, tl.num_programs(0), flatten=FLATTEN
-    ):
-        i_m, i_f = tile_of(i_tile, tiles_m, tiles_f, GROUP)
-        b_both = tl.zeros([BM, 2 * BF], tl.float32)
-        for i_k in range(0, K, BK):
-            b_x = x.load([i_m * BM, i_k])  # [BM, BK], zeros past the end
-            b_weight = weight.load([0, i_f * BF, i_k])  # [2, BF, BK]
-            b_both = add_product(b_x, tl.reshape(b_weight, (2 * BF, BK)), b_both)
-        b_gate, b_up = tl.split(tl.permute(tl.reshape(b_both, (BM, 2, BF)), (0, 2, 1)))
-        b_out = b_gate / (1.0 + tl.exp(-b_gate)) * b_up
-        out.store([i_m * BM, i_f * BF], b_out.to(out.dtype))
+    memory, bars = allocate(x_desc, w_desc, 2)
+    # These tuples stand inline: through a variable their constexprs would become tensors.
+    gl.warp_specialize(
+        [
+            (consume, (0, out_desc, memory, bars, T, TILES_F, K)),
+            (consume, (1, out_desc, memory, bars, T, TILES_F, K)),
+            (produce, (x_desc, w_desc, memory, bars, T, TILES_F, K, 2)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
 
 
 def reason_against(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    """Why the kernel has no configuration for these matrices or cannot address them, or None."""
-    key = (device_class(x.device), x.element_size())
-    if key not in CONFIGS:
-        return f"no configuration for {8 * key[1]}-bit values on {key[0]}"
-    # Rows of the output must start at multiples of 16 bytes as well.
-    is_aligned = weight.shape[0] // 2 * x.element_size() % 16 == 0
-    if not is_aligned or not fits_descriptors(x, weight):
-        return "rows do not start at multiples of 16 bytes"
-    return None
+    """Why the kernel does not compute this projection, or None."""
+    return linear_sm90.reason_against(x, weight, weight.shape[0] // 2)
 
 
-def launch_linear_swiglu(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, config: Config | None = None
-) -> None:
-    """Fills `out` (T, F), contiguous; `config` takes the place of the shipped one (benchmarks)."""
+def launch_linear_swiglu(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """Fills `out` (T, F), contiguous."""
     T, K = x.shape
     F = out.shape[1]
     if T == 0 or F == 0:
         return
-    config = config or CONFIGS[device_class(x.device), x.element_size()]
-    BM, BF, BK = config.BM, config.BN // 2, config.BK
-    tiles = triton.cdiv(T, BM) * triton.cdiv(F, BF)
-    linear_swiglu_kernel[(min(tiles, config.programs * number_of_programs(x.device)),)](
-        TensorDescriptor.from_tensor(x, [BM, BK]),
-        TensorDescriptor.from_tensor(weight.unflatten(0, (2, F)), [2, BF, BK]),
-        TensorDescriptor.from_tensor(out, [BM, BF]),
-        T,
-        F=F,
-        K=K,
-        BM=BM,
-        BF=BF,
-        BK=BK,
-        GROUP=GROUP,
-        FLATTEN=config.flatten,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    tiles_f = -(-F // BC.value)
+    linear_swiglu_kernel[(programs(T, tiles_f, x.device),)](
+        *descriptors(x, weight, out, parts=2), T, TILES_F=tiles_f, K=K, num_warps=4
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jv5kernels.ops.checks import FLOAT_DTYPES, REFERENCE_DTYPES, check_tensor
 from jv5kernels.ops.linear import linear
-from jv5kernels.ops.registry import Implementation, Operator, Reason, triton_unavailable
+from jv5kernels.ops.registry import Implementation, Operator, Reason, gluon_unavailable
 from jv5kernels.ops.swiglu import swiglu
 
 # Fewer rows leave multiprocessors without a tile; there the library's GEMM, with smaller tiles, and a kernel
@@ -27,9 +27,9 @@ def linear_swiglu(
         x: (T, K), float32, float16 or bfloat16 (float64 with impl="torch"); rows may be strided.
         weight: (2·F, K), dtype of x; rows may be strided.
         batch_invariant: as in `linear`.
-        impl: "auto", "triton" (one kernel, fp32 up to one rounding; sm_90, 16-bit dtypes, rows that start at multiples
+        impl: "auto", "gluon" (one kernel, fp32 up to one rounding; sm_90, 16-bit dtypes, rows that start at multiples
             of 16 bytes) or "torch" (`linear` and then `swiglu`, each by its own "auto"; the intermediate is rounded).
-            "auto" is "triton" where that can run and there are FUSED_ROWS rows or batch_invariant.
+            "auto" is "gluon" where that can run and there are FUSED_ROWS rows or batch_invariant.
 
     Returns:
         (T, F), dtype of x, contiguous.
@@ -60,14 +60,14 @@ def keeps_intermediate(x: Tensor, weight: Tensor, batch_invariant: bool) -> bool
         return False
     first = _linear_swiglu.auto[x.device.type][0]
     inputs = (x, weight, batch_invariant)
-    return first == "triton" and _linear_swiglu.reason_against(first, x.device, inputs) is None
+    return first == "gluon" and _linear_swiglu.reason_against(first, x.device, inputs) is None
 
 
 def _linear_swiglu_torch(x: Tensor, weight: Tensor, batch_invariant: bool) -> Tensor:
     return swiglu(linear(x, weight, batch_invariant=batch_invariant))
 
 
-def _linear_swiglu_triton(x: Tensor, weight: Tensor, batch_invariant: bool) -> Tensor:
+def _linear_swiglu_gluon(x: Tensor, weight: Tensor, batch_invariant: bool) -> Tensor:
     from jv5kernels.kernels.linear_swiglu import launch_linear_swiglu
 
     out = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
@@ -75,7 +75,7 @@ def _linear_swiglu_triton(x: Tensor, weight: Tensor, batch_invariant: bool) -> T
     return out
 
 
-def _triton_unsupported(x: Tensor, weight: Tensor, batch_invariant: bool) -> Reason:
+def _gluon_unsupported(x: Tensor, weight: Tensor, batch_invariant: bool) -> Reason:
     if x.dtype not in FLOAT_DTYPES:
         return f"the kernel takes float16 and bfloat16, not {x.dtype}"
     from jv5kernels.kernels.linear_swiglu import reason_against
@@ -87,9 +87,9 @@ _linear_swiglu = Operator(
     name="linear_swiglu",
     schema="(Tensor x, Tensor weight, bool batch_invariant, str impl) -> Tensor",
     implementations={
-        "triton": Implementation(_linear_swiglu_triton, triton_unavailable, _triton_unsupported),
+        "gluon": Implementation(_linear_swiglu_gluon, gluon_unavailable, _gluon_unsupported),
         "torch": Implementation(_linear_swiglu_torch),
     },
-    auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    auto={"cuda": ("gluon", "torch"), "cpu": ("torch",)},
     fake=lambda x, weight, *_: x.new_empty((x.shape[0], weight.shape[0] // 2)),
 )
