@@ -18,6 +18,8 @@ from jv5kernels import FastEncoder
 from jv5kernels.cli import main
 from jv5kernels.synthetic.checkpoint import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = [f"text {i}: " + "some words " * (i % 7) for i in range(23)] + ["", "  ", "ünïcödé 漢字"]
 GEOMETRY = {
     "hidden_size": 32,
