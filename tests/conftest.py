@@ -35,7 +35,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For models so small that more threads mostly wait for each other."""
+    """For models so small that more threads mostly wait for each other, on a busy machine for long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

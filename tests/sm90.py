@@ -1,18 +1,19 @@
 """Compiles Triton kernels for sm_90a without a GPU and reports what ptxas made of them.
 
-The compilation runs in a process of its own, because this one may have Triton's interpreter switched on.
+The compilation runs in processes of their own, because this one may have Triton's interpreter switched on.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import re
 import subprocess
-import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 
 
@@ -68,24 +69,22 @@ class Report:
 
 
 def compile_for_sm90(cases: list[Case]) -> list[Report]:
-    """Compiles all cases in one child process; raises with its output when one fails."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
-    )
-    with tempfile.TemporaryDirectory() as cache:
-        environment["TRITON_CACHE_DIR"] = cache
-        child = subprocess.run(
-            [sys.executable, __file__],
-            input=pickle.dumps(cases),
-            capture_output=True,
-            env=environment,
-        )
-    assert child.returncode == 0, child.stderr.decode()
-    return [Report(**report) for report in json.loads(child.stdout.splitlines()[-1])]
+    """Compiles the cases, as many at a time as there are cores; raises what the compiler raised."""
+    try:
+        return list(_compilers().map(_compile, cases))
+    except BrokenProcessPool:
+        _compilers.cache_clear()
+        raise
+
+
+@lru_cache(maxsize=1)
+def _compilers() -> ProcessPoolExecutor:
+    """Processes that have imported torch and Triton once, for all tests of a run."""
+    return ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn"))
 
 
 def _compile(case: Case) -> Report:
+    os.environ.pop("TRITON_INTERPRET", None)  # Triton is imported here and nowhere before
     from importlib import import_module
 
     import triton
@@ -115,7 +114,9 @@ def _compile(case: Case) -> Report:
         "num_stages": case.num_stages,
         "enable_fp_fusion": case.enable_fp_fusion,
     }
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = cache
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return Report(
         shared=compiled.metadata.shared,
         ptx=compiled.asm["ptx"],
@@ -173,7 +174,3 @@ def wgmma_loops(sass: str) -> list[list[str]]:
         if any("HGMMA" in text for text in body) and not any("STG" in text for text in body):
             loops.append(body)
     return loops
-
-
-if __name__ == "__main__":
-    print(json.dumps([asdict(_compile(case)) for case in pickle.load(sys.stdin.buffer)]))

@@ -21,6 +21,8 @@ from jv5kernels.synthetic.checkpoint import (
     write_checkpoint,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 pytest_plugins = ("checkpoint_folders",)
 
 SMALL, NANO = {"family": "small", "layout": "base"}, {"family": "nano", "layout": "base"}

@@ -18,6 +18,8 @@ from jv5kernels import FastEncoder
 from jv5kernels.cli import main
 from jv5kernels.synthetic.checkpoint import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = [f"text {i}: " + "some words " * (i % 7) for i in range(23)] + ["", "  ", "ünïcödé 漢字"]
 GEOMETRY = {
     "hidden_size": 32,
@@ -233,7 +235,10 @@ def test_ctrl_c_in_mid_stream(model: str, tmp_path: Path) -> None:
     out = tmp_path / "out.npy"
     command = [sys.executable, "-m", "jv5kernels", "encode", "-", "-o", str(out), "--block", "2"]
     command += ["--model", model, "--task", "retrieval", "--device", "cpu"]
+    # A background job of a shell ignores SIGINT, and so would its children.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, handler)
     assert process.stdin and process.stderr
     process.stdin.write(b"one\ntwo\nthree\n")
     process.stdin.flush()
@@ -243,8 +248,8 @@ def test_ctrl_c_in_mid_stream(model: str, tmp_path: Path) -> None:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    stderr = process.stderr.read().decode()
     assert process.wait(60) == 130
+    stderr = process.stderr.read().decode()
     assert "2 rows are complete" in stderr and "Traceback" not in stderr
     (tmp_path / "all.txt").write_text("one\ntwo\nthree\n")
     assert encode(model, tmp_path / "all.txt", "-o", out, "--resume") == 0

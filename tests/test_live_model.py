@@ -19,6 +19,8 @@ from jv5kernels.live.model import open_live
 from jv5kernels.patching import patch, unpatch
 from jv5kernels.synthetic.checkpoint import TASKS, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = [
     "short",
     "",

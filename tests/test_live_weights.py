@@ -20,6 +20,8 @@ from torch import Tensor
 
 from jv5kernels.patching import patch, unpatch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BACKBONES = pytest.mark.parametrize("make", [qwen3, eurobert])
 LENGTHS = [9, 17, 1, 6, 17]
 

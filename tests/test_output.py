@@ -19,6 +19,8 @@ from jv5kernels.calibration import Calibration
 from jv5kernels.ops.pool import POOLING_MODES
 from jv5kernels.storage import PROFILES, convert, layout_of, unpack_bits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = [f"{word} number {i} " * (i % 5 + 1) for i, word in enumerate(["text", "note"] * 60)]
 DIM = 48
 

@@ -19,7 +19,10 @@ import torch
 before = set(sys.modules)
 start = time.perf_counter()
 import jv5kernels
-print(json.dumps([time.perf_counter() - start, sorted(set(sys.modules) - before)]))
+seconds = time.perf_counter() - start
+package = sorted(set(sys.modules) - before)
+jv5kernels.FastEncoder
+print(json.dumps([seconds, package, sorted(sys.modules)]))
 """
 
 
@@ -31,21 +34,21 @@ def python(*arguments: str) -> str:
 
 
 def test_import_is_quick_and_light() -> None:
-    # The best of three: other work on the machine can only make it slower.
-    runs = [json.loads(python("-c", IMPORT)) for _ in range(3)]
-    assert min(seconds for seconds, _ in runs) <= 0.3
-    # What torch itself brought along (tqdm, for one) does not count.
-    heavy = {"triton", "transformers", "peft", "tokenizers", "rich", "tqdm"} & set(runs[0][1])
-    assert not heavy, f"import jv5kernels imports {heavy}"
+    # The best of three, tried until one is quick: other work on the machine can only make it slower.
+    for _ in range(3):
+        seconds, package, encoder = json.loads(python("-c", IMPORT))
+        # What torch itself brought along (tqdm, for one) does not count.
+        heavy = {"triton", "transformers", "peft", "tokenizers", "rich", "tqdm"} & set(package)
+        assert not heavy, f"import jv5kernels imports {heavy}"
+        heavy = {"triton", "transformers", "peft"} & set(encoder)
+        assert not heavy, f"importing the encoder imports {heavy}"
+        if seconds <= 0.3:
+            return
+    pytest.fail(f"import jv5kernels takes {seconds:.2f} s")
 
 
 def test_the_package_alone_does_not_import_torch() -> None:
     assert python("-c", "import sys, jv5kernels; print('torch' in sys.modules)").strip() == "False"
-
-
-def test_importing_the_encoder_leaves_transformers_and_triton_alone() -> None:
-    code = "import sys, jv5kernels; jv5kernels.FastEncoder; print(*sys.modules)"
-    assert not {"triton", "transformers", "peft"} & set(python("-c", code).split())
 
 
 def test_every_public_name_loads() -> None:

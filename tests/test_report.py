@@ -14,6 +14,8 @@ from jv5kernels.commands import report
 from jv5kernels.retention import PRECISIONS, Point, default_dims, measure, ndcg, overlap
 from jv5kernels.synthetic.checkpoint import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = [f"{'abcdefgh'[i % 8] * (i % 5 + 1)} text number {i * i}" for i in range(40)]
 
 

@@ -267,7 +267,7 @@ def test_the_ablation_alone_on_a_finished_model(
     finished: Run, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "RECIPE", TINY)
-    corpus, out = write_corpus(tmp_path / "corpus.jsonl.xz", 400), tmp_path / "run"
+    corpus, out = write_corpus(tmp_path / "corpus.jsonl.xz"), tmp_path / "run"
     model = finished.trained
     before = (model / "model.safetensors").read_bytes()
     arguments = ["train", str(corpus), str(out), "--teacher", str(teacher), "--device", "cpu"]

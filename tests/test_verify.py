@@ -24,6 +24,8 @@ from jv5kernels.patching import patch
 from jv5kernels.synthetic.checkpoint import TASKS, write_checkpoint
 from jv5kernels.verify import Thresholds, VerifyReport
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = ["a text", "another text, a little longer than the first", "", "x " * 40]
 
 
