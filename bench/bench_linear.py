@@ -86,10 +86,10 @@ def other_configurations(
 
 
 def label(config: object) -> str:
-    """A configuration in a few characters: tile, warps, stages, programs; loose if not flattened."""
+    """A configuration in a few characters: tile, warps, stages; loose if not flattened."""
     c = vars(config)
     kind = "tma" if c["use_descriptors"] else "ptr"
-    options = f" x{c['programs']}" * (c["programs"] > 1) + " loose" * (not c["flatten"])
+    options = " loose" * (not c["flatten"])
     return f"{kind} {c['BM']}x{c['BN']}x{c['BK']} w{c['num_warps']} s{c['num_stages']}{options}"
 
 

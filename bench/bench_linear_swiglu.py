@@ -1,18 +1,14 @@
 """SwiGLU in the epilogue of the gate and up projections, against the library's GEMM and our separate kernel.
 
 python bench/bench_linear_swiglu.py
-python bench/bench_linear_swiglu.py --sweep     only small and a full batch, with other tiles, to choose one
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from bench_linear import label
 from harness import Work, cpu_benchmarks, main
 
 from jv5kernels.ops import linear_swiglu, swiglu
@@ -21,7 +17,6 @@ NAME = "linear_swiglu"
 # name -> (F, K) of the two models.
 MLPS = {"small": (3072, 1024), "nano": (3072, 768)}
 TOKENS = (32768, 4096, 512, 64, 16)
-SWEEP = "--sweep" in sys.argv
 
 
 def works(device: str) -> list[Work]:
@@ -29,7 +24,7 @@ def works(device: str) -> list[Work]:
     if device == "cpu":
         return [make("small", 128, torch.float32, device)]
     shapes = [(name, T) for name in MLPS for T in TOKENS]
-    return [make(name, T, torch.bfloat16, device) for name, T in shapes[: 1 if SWEEP else None]]
+    return [make(name, T, torch.bfloat16, device) for name, T in shapes]
 
 
 def make(name: str, tokens: int, dtype: torch.dtype, device: str) -> Work:
@@ -40,8 +35,7 @@ def make(name: str, tokens: int, dtype: torch.dtype, device: str) -> Work:
     weight = weight.to(dtype)
     variants: dict[str, Callable[[], torch.Tensor]] = {}
     if device == "cuda":
-        variants["ours (fused)"] = lambda: linear_swiglu(x, weight, impl="triton")
-        variants |= other_configurations(x, weight) if SWEEP else {}
+        variants["ours (fused)"] = lambda: linear_swiglu(x, weight, impl="gluon")
     variants["GEMM, ours apart"] = lambda: swiglu(F.linear(x, weight))
     return Work(
         name=f"linear_swiglu {name} T={tokens} {str(dtype)[6:]}",
@@ -54,33 +48,7 @@ def make(name: str, tokens: int, dtype: torch.dtype, device: str) -> Work:
     )
 
 
-def other_configurations(
-    x: torch.Tensor, weight: torch.Tensor
-) -> dict[str, Callable[[], torch.Tensor]]:
-    """Tiles that fit into shared memory, by the same kernel."""
-    from jv5kernels.kernels.linear import Config
-    from jv5kernels.kernels.linear_swiglu import launch_linear_swiglu
-
-    def run(config: Config) -> torch.Tensor:
-        out = torch.empty((len(x), len(weight) // 2), dtype=x.dtype, device=x.device)
-        launch_linear_swiglu(x, weight, out, config)
-        return out
-
-    tma = partial(Config, use_descriptors=True)
-    configs = [
-        tma(128, 256, 64, 8, 4, flatten=False),
-        tma(128, 256, 64, 8, 3),
-        tma(128, 256, 128, 8, 2, flatten=False),
-        tma(256, 128, 64, 8, 4),
-        tma(128, 128, 64, 4, 3, programs=2),
-        tma(128, 128, 64, 8, 3, programs=2),
-        tma(64, 256, 64, 4, 2, programs=2),
-    ]
-    return {label(config): partial(run, config) for config in configs}
-
-
 test_linear_swiglu = cpu_benchmarks(NAME, works)
 
 if __name__ == "__main__":
-    sys.argv = [a for a in sys.argv if a != "--sweep"]
-    main(NAME + "_sweep" * SWEEP, works, __file__)
+    main(NAME, works, __file__)

@@ -253,11 +253,11 @@ def test_example_of_the_docstring():
 
 
 def test_compiles_for_sm90():
-    from jv5kernels.kernels.linear_qk_norm_rope import BK, BN, ROWS
+    from jv5kernels.kernels.linear_sm90 import BC, BK, BN, ROWS
 
     cases = []
     for heads, kv_heads, head_dim, is_normed in (SMALL, NANO):
-        types = {"out": "*bf16", "positions": "*i32", "cos_sin": "*fp32"}
+        types = {"positions": "*i32", "cos_sin": "*fp32"}
         constants = {"HQ": heads, "HK": kv_heads, "D": head_dim, "K": WIDTHS[head_dim]}
         for name, count in (("q_weight", heads), ("k_weight", kv_heads)):
             if is_normed and count:
@@ -272,7 +272,8 @@ def test_compiles_for_sm90():
                 constants,
                 descriptors={
                     "x_desc": [ROWS.value, BK.value],
-                    "w_desc": [BN.value, BK.value],
+                    "w_desc": [1, BN.value, BK.value],
+                    "out_desc": [ROWS.value, BC.value],
                 },
                 inspected=True,
             )
@@ -283,4 +284,5 @@ def test_compiles_for_sm90():
         assert "wgmma.mma_async.sync.aligned.m64n256k16" in report.ptx
         # One wait for the products of a step in either consumer, not one behind each.
         assert report.sass.count("WARPGROUP.DEPBAR") <= report.sass.count("HGMMA") // 4
-        assert "STG.E.128" in report.sass and "STL" not in report.sass
+        assert "st.global" not in report.ptx, "the output does not go through TMA"
+        assert "STL" not in report.sass

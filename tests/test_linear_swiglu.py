@@ -1,4 +1,4 @@
-"""linear_swiglu against float64, and the bits of a row, on the CPU (interpreter) and on the GPU."""
+"""linear_swiglu against float64, and the bits of a row; its Gluon kernel runs on a Hopper GPU alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from sm90 import Case, compile_for_sm90
 from jv5kernels.ops import linear_swiglu, swiglu
 
 HALVES = [torch.float16, torch.bfloat16]
-# Of the fused kernel: one rounding to the dtype (under the interpreter a truncation), relative to the output, and the
-# error of the fp32 sums that it carries on. "torch" rounds gate and up as well.
-RTOL = {torch.float16: 1.0e-3, torch.bfloat16: 8e-3}
-ROUNDINGS = {"triton": 1, "torch": 3}
-IMPLS = list(ROUNDINGS)
+# Of the fused kernel: one rounding to the dtype, relative to the output, and the error of the fp32 sums that it carries
+# on. "torch" rounds gate and up as well.
+RTOL = {torch.float16: 5.1e-4, torch.bfloat16: 4.01e-3}
+ROUNDINGS = {"gluon": 1, "torch": 6}
+# Implementations with the devices that they run on.
+PLACES = [
+    ("torch", "cpu"),
+    pytest.param("torch", "cuda", marks=pytest.mark.gpu),
+    pytest.param("gluon", "cuda", marks=pytest.mark.gpu),
+]
 # (T, F, K): ragged rows around a tile's 128, ragged columns, more than one tile of each.
 SHAPES = [(1, 8, 8), (5, 136, 72), (127, 24, 64), (129, 264, 40), (300, 16, 16)]
 SMALL, NANO = (3072, 1024), (3072, 768)
@@ -37,7 +42,7 @@ def assert_close(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rtol:
     torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=rtol / 10)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("impl", "device"), PLACES)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_float64(shape, dtype, impl, device, poisoned_memory):
@@ -53,8 +58,8 @@ def test_matches_float64(shape, dtype, impl, device, poisoned_memory):
 @pytest.mark.parametrize(("F", "K"), [SMALL, NANO])
 def test_matches_float64_at_full_size(F, K, dtype, T, poisoned_memory):
     x, weight = draw(T, K, dtype, "cuda"), draw_weight(F, K, dtype, "cuda")
-    out = linear_swiglu(x, weight, impl="triton")
-    assert_close(out, x, weight, RTOL[dtype] / 2 + 1e-5)
+    out = linear_swiglu(x, weight, impl="gluon")
+    assert_close(out, x, weight, RTOL[dtype])
     composed = linear_swiglu(x, weight, impl="torch")
     expected = swiglu(x.double() @ weight.double().T, impl="torch")
     assert (out - expected).norm() < (composed - expected).norm(), "two more roundings are better"
@@ -67,27 +72,27 @@ def test_strided_rows_and_margins(offset, device):
     x, weight = (parent.half()[2:-2, offset : offset + 24] for parent in parents)
     x.copy_(draw(5, 24, torch.float16, device))
     weight.copy_(draw_weight(24, 24, torch.float16, device))
-    impls = ("triton", "torch", "auto") if offset == 8 else ("torch", "auto")
-    for impl in impls:
+    for impl in ("torch", "auto", *["gluon"] * (device.type == "cuda" and offset == 8)):
         out = linear_swiglu(x, weight, impl=impl)
-        assert_close(out, x, weight, ROUNDINGS.get(impl, 3) * RTOL[torch.float16])
-    if offset == 3:
-        with pytest.raises(ValueError, match="triton: rows do not start at multiples of 16 bytes"):
-            linear_swiglu(x, weight, impl="triton")
+        assert_close(out, x, weight, ROUNDINGS.get(impl, 6) * RTOL[torch.float16])
+    if offset == 3 and device.type == "cuda":
+        with pytest.raises(ValueError, match="gluon: rows do not start at multiples of 16 bytes"):
+            linear_swiglu(x, weight, impl="gluon")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("F", [40, 136])
-def test_nothing_is_written_outside(F, device, monkeypatch):
-    canaries = torch.full((9, F), 7.0, device=device, dtype=torch.float16)
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: canaries[2:5])
-    x, weight = draw(3, 16, torch.float16, device), draw_weight(F, 16, torch.float16, device)
-    out = linear_swiglu(x, weight, impl="triton")
-    assert out.data_ptr() == canaries[2:5].data_ptr()
-    assert (canaries[:2] == 7).all() and (canaries[5:] == 7).all()
+def test_nothing_is_written_outside(F, monkeypatch):
+    x, weight = draw(131, 16, torch.float16, "cuda"), draw_weight(F, 16, torch.float16, "cuda")
+    canaries = torch.full((137, F), 7.0, device="cuda", dtype=torch.float16)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: canaries[2:133])
+    out = linear_swiglu(x, weight, impl="gluon")
+    assert out.data_ptr() == canaries[2:133].data_ptr()
+    assert (canaries[:2] == 7).all() and (canaries[133:] == 7).all()
     assert_close(out, x, weight, RTOL[torch.float16])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("impl", "device"), PLACES)
 @pytest.mark.parametrize("shape", [(0, 8, 8), (3, 0, 8)])
 def test_nothing_to_do(shape, impl, device):
     T, F, K = shape
@@ -96,7 +101,7 @@ def test_nothing_to_do(shape, impl, device):
     assert linear_swiglu(x, weight, impl=impl).shape == (T, F)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("impl", "device"), PLACES)
 def test_nan_stays_in_its_row(impl, device):
     x = draw(130, 16, torch.float16, device)
     x[0, 3] = x[129, 5] = float("nan")
@@ -124,20 +129,31 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(F, K, dtype):
         assert torch.equal(ours(rows), expected)
 
 
-@settings(max_examples=15)
-@given(T=st.integers(1, 140), F=st.integers(1, 20), K=st.integers(1, 9))
+@pytest.mark.gpu
+@settings(max_examples=30)
+@given(T=st.integers(1, 300), F=st.integers(1, 40), K=st.integers(1, 40))
 def test_any_shape_on_the_grid(T, F, K):
-    x = draw(T, 8 * K, torch.float16, "cpu", seed=T)
-    weight = draw_weight(8 * F, 8 * K, torch.float16, "cpu")
-    assert_close(linear_swiglu(x, weight, impl="triton"), x, weight, RTOL[torch.float16])
+    x = draw(T, 8 * K, torch.float16, "cuda", seed=T)
+    weight = draw_weight(8 * F, 8 * K, torch.float16, "cuda")
+    assert_close(linear_swiglu(x, weight, impl="gluon"), x, weight, RTOL[torch.float16])
 
 
-def test_only_triton_is_batch_invariant():
+def test_the_library_is_not_batch_invariant():
     x, weight = torch.ones(2, 8).half(), torch.ones(16, 8).half()
     for impl in ("torch", "auto"):
         with pytest.raises(ValueError, match="torch: the library's GEMM is chosen by the number"):
             linear_swiglu(x, weight, batch_invariant=True, impl=impl)
-    assert linear_swiglu(x, weight, batch_invariant=True, impl="triton").shape == (2, 8)
+
+
+@pytest.mark.gpu
+def test_large_gates_are_the_ends_of_the_curve():
+    """0 on the left, where the exponential is infinite, and the gate itself on the right."""
+    x = torch.tensor([[1.0] + [0.0] * 7], dtype=torch.bfloat16, device="cuda")
+    weight = torch.zeros(16, 8, dtype=torch.bfloat16, device="cuda")
+    weight[:3, 0] = torch.tensor([-3e4, 3e4, -80.0])
+    weight[8:, 0] = 1.0
+    out = linear_swiglu(x, weight, impl="gluon")[0]
+    assert out[0] == 0 and out[1] == weight[1, 0] and -1e-30 < out[2] <= 0
 
 
 @pytest.mark.gpu
@@ -160,19 +176,19 @@ def test_auto_is_fused_for_many_rows_or_batch_invariant(monkeypatch):
         assert keeps_intermediate(rows, weight, batch_invariant) == is_fused
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("impl", "device"), PLACES)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_opcheck(dtype, impl, device):
     arguments = (draw(5, 32, dtype, device), draw_weight(8, 32, dtype, device), False, impl)
     torch.library.opcheck(torch.ops.jv5kernels.linear_swiglu.default, arguments)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_compiles_without_graph_breaks(impl):
+@pytest.mark.parametrize(("impl", "device"), PLACES)
+def test_compiles_without_graph_breaks(impl, device):
     compiled = torch.compile(linear_swiglu, fullgraph=True, dynamic=True, backend="aot_eager")
-    weight = draw_weight(8, 32, torch.float16, "cpu")
+    weight = draw_weight(8, 32, torch.float16, device)
     for rows in (5, 9):
-        x = draw(rows, 32, torch.float16, "cpu")
+        x = draw(rows, 32, torch.float16, device)
         assert torch.equal(compiled(x, weight, impl=impl), linear_swiglu(x, weight, impl=impl))
 
 
@@ -188,10 +204,17 @@ def test_errors_name_the_argument():
         linear_swiglu(x, weight, impl="cuda")
     with pytest.raises(ValueError, match="computes no gradients"):
         linear_swiglu(x, weight.clone().requires_grad_())
-    with pytest.raises(ValueError, match="triton: no configuration for 32-bit values on sm_90"):
-        linear_swiglu(x, weight, impl="triton")
-    with pytest.raises(ValueError, match="triton: the kernel takes float16 and bfloat16"):
-        linear_swiglu(x.double(), weight.double(), impl="triton")
+    with pytest.raises(ValueError, match="gluon: needs a CUDA device"):
+        linear_swiglu(x, weight, impl="gluon")
+
+
+@pytest.mark.gpu
+def test_the_kernel_says_what_it_does_not_take():
+    x, weight = torch.ones(2, 8, device="cuda"), torch.ones(4, 8, device="cuda")
+    with pytest.raises(ValueError, match="gluon: the kernel is for 16-bit values on sm_90"):
+        linear_swiglu(x, weight, impl="gluon")
+    with pytest.raises(ValueError, match="gluon: the kernel takes float16 and bfloat16"):
+        linear_swiglu(x.double(), weight.double(), impl="gluon")
 
 
 def test_example_of_the_docstring():
@@ -200,35 +223,30 @@ def test_example_of_the_docstring():
 
 
 def test_compiles_for_sm90():
-    from jv5kernels.kernels.linear import GROUP
-    from jv5kernels.kernels.linear_swiglu import CONFIGS
+    from jv5kernels.kernels.linear_sm90 import BC, BK, BN, ROWS
 
-    config = CONFIGS["sm_90", 2]
-    BM, BF, BK = config.BM, config.BN // 2, config.BK
     cases = [
         Case(
             "jv5kernels.kernels.linear_swiglu",
             "linear_swiglu_kernel",
-            {
-                "x": f"tensordesc<{dtype}[{BM}, {BK}]>",
-                "weight": f"tensordesc<{dtype}[2, {BF}, {BK}]>",
-                "out": f"tensordesc<{dtype}[{BM}, {BF}]>",
-                "T": "i32",
+            {"T": "i32"},
+            {"TILES_F": -(-F // BC.value), "K": K},
+            descriptors={
+                "x_desc": [ROWS.value, BK.value],
+                "w_desc": [2, BC.value, BK.value],
+                "out_desc": [ROWS.value, BC.value],
             },
-            {"F": F, "K": K, "BM": BM, "BF": BF, "BK": BK}
-            | {"GROUP": GROUP, "FLATTEN": config.flatten},
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
             inspected=True,
         )
-        for (F, K), dtype in ((SMALL, "bf16"), (NANO, "fp16"))
+        for F, K in (SMALL, NANO)
     ]
     for report in compile_for_sm90(cases):
-        report.check(max_registers=200)
+        report.check()
+        assert not report.losses
         # One MMA of the whole tile, fed by TMA as it lies: no copy of the weight through registers.
-        assert f"wgmma.mma_async.sync.aligned.m64n{config.BN}k16" in report.ptx
-        # Serialised, there would be a wait behind each (newer ptxas does not warn of it).
-        waits = report.sass.count("WARPGROUP.DEPBAR")
-        assert not report.losses and waits < report.sass.count("HGMMA")
-        assert "cp.async.bulk.tensor.3d" in report.ptx and "ld.shared" not in report.ptx
+        assert f"wgmma.mma_async.sync.aligned.m64n{BN.value}k16" in report.ptx
+        assert report.sass.count("WARPGROUP.DEPBAR") <= report.sass.count("HGMMA") // 4
         assert "st.global" not in report.ptx, "the output does not go through TMA"
+        # The gate takes two special functions a value and no care for denormals.
+        assert report.sass.count("MUFU.EX2") == 2 * ROWS.value * BC.value // 128
+        assert "FSETP" not in report.sass

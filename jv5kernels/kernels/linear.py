@@ -35,8 +35,6 @@ class Config:
     """Tile sizes (rows, columns, depth), launch options and which of the two kernels.
 
     Args:
-        programs: persistent programs on a multiprocessor; two of them, with small tiles, overlap the end of a tile
-            with another's loop.
         flatten: whether a tile's first loads may run ahead of the end of the tile before.
     """
 
@@ -46,7 +44,6 @@ class Config:
     num_warps: int
     num_stages: int
     use_descriptors: bool = False
-    programs: int = 1
     flatten: bool = True
 
 
@@ -198,7 +195,7 @@ def launch_linear(
         return
     config = config or config_for(x, weight, out)
     tiles = triton.cdiv(T, config.BM) * triton.cdiv(N, config.BN)
-    grid = (min(tiles, config.programs * number_of_programs(x.device)),)
+    grid = (min(tiles, number_of_programs(x.device)),)
     constants = {
         "N": N,
         "K": K,

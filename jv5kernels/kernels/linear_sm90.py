@@ -1,9 +1,9 @@
 """What fused projections on Hopper share: x · weightᵀ tile by tile, in Gluon.
 
 A persistent program takes tiles of 128 rows and BN columns of the product. Two consumer warpgroups have 64 rows of it
-each and a producer warp feeds them by TMA through a ring of STAGES steps of K. Results leave by TMA too, by way of shared
-memory, so that a consumer goes on with its next tile while they are written. On an H200 the card's power is the limit:
-what counts is the number of instructions and of bytes moved, not their order (bench/log_epilogues.md).
+each and a producer warp feeds them by TMA through a ring of STAGES steps of K. Results leave by TMA too, by way of
+shared memory, so that a consumer goes on with its next tile while they are written. On an H200 the card's power is the
+limit: what counts is how many instructions there are and bytes moved, not their order (bench/log_epilogues.md).
 
 Each tile is one loop over the whole of K, in one order, and the configuration is fixed: a row gives the same bits in
 any batch. Tiles are ordered in bands of GROUP row tiles, which share their part of the weight through the L2 cache.
