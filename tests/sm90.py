@@ -80,11 +80,17 @@ def compile_for_sm90(cases: list[Case]) -> list[Report]:
 @lru_cache(maxsize=1)
 def _compilers() -> ProcessPoolExecutor:
     """Processes that have imported torch and Triton once, for all tests of a run."""
-    return ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn"))
+    return ProcessPoolExecutor(
+        min(4, os.cpu_count() or 1), get_context("spawn"), initializer=_leave_interpreter
+    )
+
+
+def _leave_interpreter() -> None:
+    """Before anything imports Triton, as a case's constants do when they are unpickled."""
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 def _compile(case: Case) -> Report:
-    os.environ.pop("TRITON_INTERPRET", None)  # Triton is imported here and nowhere before
     from importlib import import_module
 
     import triton

@@ -245,6 +245,9 @@ def mean_kernel(
     b = sum_of_tokens(hidden, begin, end, stride_ht, eps, weight is not None, READ)
 
     o_c = tl.arange(0, READ.BC)  # [BC]
+    if weight is not None:
+        # On its way while sums are waited for.
+        b_weight = tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)
     stride = row_stride(C)
     i_node, nodes, width, level = i_chunk, chunks, 1, 0
     finishes = True
@@ -271,7 +274,7 @@ def mean_kernel(
     if finishes:
         b = tl.div_rn(b, tl.full([OUT.BC], 0.0, tl.float32) + tl.maximum(length, 1).to(tl.float32))
         if weight is not None:
-            b = b * tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+            b = b * b_weight
         store_embedding(b, i_row.to(tl.int64), ranges, out, flags, stride_rr, OUT)
 
 
