@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -67,23 +67,22 @@ class Operator:
     implementations: Mapping[str, Implementation]
     auto: Mapping[str, Sequence[str]]
     fake: Callable[..., Any] = field(repr=False)
+    # Where the schema has tensors, and whether it writes into one. Found at once: a property that finds them when first
+    # asked takes a lock, which torch.compile does not trace.
+    _tensor_places: tuple[int, ...] = field(init=False, repr=False)
+    _writes: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        parameters = self.schema[1 : self.schema.index(") ->")].split(",")
+        places = tuple(i for i, p in enumerate(parameters) if p.strip().startswith("Tensor"))
+        object.__setattr__(self, "_tensor_places", places)
+        object.__setattr__(self, "_writes", "!" in self.schema)
         tags = (torch.Tag.needs_exact_strides,)
         LIBRARY.define(self.name + self.schema, tags=tags)
         LIBRARY.impl(self.name, self._dispatch, "CPU")
         LIBRARY.impl(self.name, self._dispatch, "CUDA")
         torch.library.register_fake(f"jv5kernels::{self.name}", self.fake, lib=LIBRARY)
         OPERATORS[self.name] = self
-
-    @cached_property
-    def _tensor_places(self) -> tuple[int, ...]:
-        parameters = self.schema[1 : self.schema.index(") ->")].split(",")
-        return tuple(i for i, p in enumerate(parameters) if p.strip().startswith("Tensor"))
-
-    @cached_property
-    def _writes(self) -> bool:
-        return "!" in self.schema
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls the operator; arguments as in the schema."""
