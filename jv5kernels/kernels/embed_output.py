@@ -245,8 +245,11 @@ def mean_kernel(
     b = sum_of_tokens(hidden, begin, end, stride_ht, eps, weight is not None, READ)
 
     o_c = tl.arange(0, READ.BC)  # [BC]
-    if weight is not None:
-        # On its way while sums are waited for.
+    # On its way while sums are waited for. For 16-bit values and spans there is no register for that: a fifth program
+    # would not fit an SM.
+    IS_WIDE: tl.constexpr = hidden.dtype.element_ty == tl.float32
+    IS_EARLY: tl.constexpr = IS_WIDE and weight is not None and table is None
+    if IS_EARLY:
         b_weight = tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)
     stride = row_stride(C)
     i_node, nodes, width, level = i_chunk, chunks, 1, 0
@@ -274,6 +277,8 @@ def mean_kernel(
     if finishes:
         b = tl.div_rn(b, tl.full([OUT.BC], 0.0, tl.float32) + tl.maximum(length, 1).to(tl.float32))
         if weight is not None:
+            if not IS_EARLY:
+                b_weight = tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)
             b = b * b_weight
         store_embedding(b, i_row.to(tl.int64), ranges, out, flags, stride_rr, OUT)
 
