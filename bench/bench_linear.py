@@ -86,11 +86,10 @@ def other_configurations(
 
 
 def label(config: object) -> str:
-    """A configuration in a few characters: tile, warps, stages; loose if not flattened."""
+    """A configuration in a few characters: tile, warps, stages."""
     c = vars(config)
     kind = "tma" if c["use_descriptors"] else "ptr"
-    options = " loose" * (not c["flatten"])
-    return f"{kind} {c['BM']}x{c['BN']}x{c['BK']} w{c['num_warps']} s{c['num_stages']}{options}"
+    return f"{kind} {c['BM']}x{c['BN']}x{c['BK']} w{c['num_warps']} s{c['num_stages']}"
 
 
 test_linear = cpu_benchmarks(NAME, works)

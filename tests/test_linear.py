@@ -248,7 +248,7 @@ def sm90_case(N: int, K: int, dtype: str, aligned: bool) -> Case:
         "jv5kernels.kernels.linear",
         kernel,
         dict(zip(("x", "weight", "out"), types, strict=True)) | scalars,
-        {"N": N, "K": K, "GROUP": GROUP, "FLATTEN": config.flatten} | sizes,
+        {"N": N, "K": K, "GROUP": GROUP} | sizes,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         divisible=() if config.use_descriptors else ("stride_xt", "stride_wn"),

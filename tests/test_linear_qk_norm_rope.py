@@ -256,7 +256,7 @@ def test_compiles_for_sm90():
     from jv5kernels.kernels.linear_sm90 import BC, BK, BN, ROWS
 
     cases = []
-    for heads, kv_heads, head_dim, is_normed in (SMALL, NANO):
+    for heads, kv_heads, head_dim, is_normed in (SMALL, (0, 8, 128, True), NANO):
         types = {"positions": "*i32", "cos_sin": "*fp32"}
         constants = {"HQ": heads, "HK": kv_heads, "D": head_dim, "K": WIDTHS[head_dim]}
         for name, count in (("q_weight", heads), ("k_weight", kv_heads)):

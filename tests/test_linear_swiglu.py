@@ -13,8 +13,10 @@ from jv5kernels.ops import linear_swiglu, swiglu
 HALVES = [torch.float16, torch.bfloat16]
 # Of the fused kernel: one rounding to the dtype, relative to the output, and the error of the fp32 sums that it carries
 # on. "torch" rounds gate and up as well.
-RTOL = {torch.float16: 5.1e-4, torch.bfloat16: 4.01e-3}
-ROUNDINGS = {"gluon": 1, "torch": 6}
+RTOL = {
+    "gluon": {torch.float16: 5.1e-4, torch.bfloat16: 4.01e-3},
+    "torch": {torch.float16: 3e-3, torch.bfloat16: 2.4e-2},
+}
 # Implementations with the devices that they run on.
 PLACES = [
     ("torch", "cpu"),
@@ -49,7 +51,7 @@ def test_matches_float64(shape, dtype, impl, device, poisoned_memory):
     T, F, K = shape
     x, weight = draw(T, K, dtype, device), draw_weight(F, K, dtype, device)
     out = linear_swiglu(x, weight, impl=impl)
-    assert_close(out, x, weight, ROUNDINGS[impl] * RTOL[dtype])
+    assert_close(out, x, weight, RTOL[impl][dtype])
 
 
 @pytest.mark.gpu
@@ -59,7 +61,7 @@ def test_matches_float64(shape, dtype, impl, device, poisoned_memory):
 def test_matches_float64_at_full_size(F, K, dtype, T, poisoned_memory):
     x, weight = draw(T, K, dtype, "cuda"), draw_weight(F, K, dtype, "cuda")
     out = linear_swiglu(x, weight, impl="gluon")
-    assert_close(out, x, weight, RTOL[dtype])
+    assert_close(out, x, weight, RTOL["gluon"][dtype])
     composed = linear_swiglu(x, weight, impl="torch")
     expected = swiglu(x.double() @ weight.double().T, impl="torch")
     assert (out - expected).norm() < (composed - expected).norm(), "two more roundings are better"
@@ -74,7 +76,7 @@ def test_strided_rows_and_margins(offset, device):
     weight.copy_(draw_weight(24, 24, torch.float16, device))
     for impl in ("torch", "auto", *["gluon"] * (device.type == "cuda" and offset == 8)):
         out = linear_swiglu(x, weight, impl=impl)
-        assert_close(out, x, weight, ROUNDINGS.get(impl, 6) * RTOL[torch.float16])
+        assert_close(out, x, weight, RTOL["gluon" if impl == "gluon" else "torch"][torch.float16])
     if offset == 3 and device.type == "cuda":
         with pytest.raises(ValueError, match="gluon: rows do not start at multiples of 16 bytes"):
             linear_swiglu(x, weight, impl="gluon")
@@ -89,7 +91,7 @@ def test_nothing_is_written_outside(F, monkeypatch):
     out = linear_swiglu(x, weight, impl="gluon")
     assert out.data_ptr() == canaries[2:133].data_ptr()
     assert (canaries[:2] == 7).all() and (canaries[133:] == 7).all()
-    assert_close(out, x, weight, RTOL[torch.float16])
+    assert_close(out, x, weight, RTOL["gluon"][torch.float16])
 
 
 @pytest.mark.parametrize(("impl", "device"), PLACES)
@@ -135,7 +137,7 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(F, K, dtype):
 def test_any_shape_on_the_grid(T, F, K):
     x = draw(T, 8 * K, torch.float16, "cuda", seed=T)
     weight = draw_weight(8 * F, 8 * K, torch.float16, "cuda")
-    assert_close(linear_swiglu(x, weight, impl="gluon"), x, weight, RTOL[torch.float16])
+    assert_close(linear_swiglu(x, weight, impl="gluon"), x, weight, RTOL["gluon"][torch.float16])
 
 
 def test_the_library_is_not_batch_invariant():

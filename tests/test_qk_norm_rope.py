@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sm90 import Case, compile_for_sm90
 
@@ -214,7 +214,6 @@ def test_rows_of_zeros(impl, device):
     assert torch.equal(qkv, torch.zeros_like(qkv))
 
 
-@settings(max_examples=15)
 @given(position=st.integers(0, 63), seed=st.integers(0, 99))
 def test_rotation_keeps_lengths(position, seed):
     heads = Heads(1, 1, 32, False)
@@ -226,7 +225,6 @@ def test_rotation_keeps_lengths(position, seed):
     torch.testing.assert_close(qkv.unflatten(1, (3, 32)).norm(dim=-1), before)
 
 
-@settings(max_examples=15)
 @given(first=st.integers(0, 40), second=st.integers(0, 40), shift=st.integers(0, 23))
 def test_scores_depend_on_the_distance_alone(first, second, shift):
     heads = Heads(1, 1, 32, False)
@@ -243,7 +241,6 @@ def test_scores_depend_on_the_distance_alone(first, second, shift):
     )
 
 
-@settings(max_examples=15)
 @given(tokens=st.integers(2, 40), seed=st.integers(0, 99))
 def test_a_token_does_not_depend_on_the_others(tokens, seed):
     heads = Heads(2, 1, 64, True)

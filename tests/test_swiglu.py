@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sm90 import Case, compile_for_sm90
 
@@ -98,7 +98,6 @@ def test_nan_stays_in_its_place(impl, device):
     assert found == [[1, 2], [2, 5]]
 
 
-@settings(max_examples=15)
 @given(rows=st.integers(1, 9), width=st.integers(1, 40), seed=st.integers(0, 99))
 def test_silu_of_both_signs_is_the_gate(rows, width, seed):
     """silu(g) - silu(-g) = g."""
@@ -109,7 +108,6 @@ def test_silu_of_both_signs_is_the_gate(rows, width, seed):
     torch.testing.assert_close(plus - minus, gate, rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=15)
 @given(rows=st.integers(2, 9), width=st.integers(1, 40), seed=st.integers(0, 99))
 def test_a_row_does_not_depend_on_the_others(rows, width, seed):
     gate_up = draw(rows, 2 * width, torch.float32, "cpu", seed)

@@ -32,11 +32,7 @@ INTERPRETED_PROGRAMS = 2
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes (rows, columns, depth), launch options and which of the two kernels.
-
-    Args:
-        flatten: whether a tile's first loads may run ahead of the end of the tile before.
-    """
+    """Tile sizes (rows, columns, depth), launch options and which of the two kernels."""
 
     BM: int
     BN: int
@@ -44,7 +40,6 @@ class Config:
     num_warps: int
     num_stages: int
     use_descriptors: bool = False
-    flatten: bool = True
 
 
 # (device class, bytes of an element, rows aligned for descriptors) -> configuration.
@@ -106,14 +101,11 @@ def linear_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     tiles_m = tl.cdiv(T, BM)
     tiles_n = tl.cdiv(N, BN)
     o_k = tl.arange(0, BK)  # [BK]
-    for i_tile in tl.range(
-        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN
-    ):
+    for i_tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         i_m, i_n = tile_of(i_tile, tiles_m, tiles_n, GROUP)
         o_t = i_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
         o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
@@ -147,13 +139,10 @@ def linear_descriptor_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     tiles_m = tl.cdiv(T, BM)
     tiles_n = tl.cdiv(N, BN)
-    for i_tile in tl.range(
-        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN
-    ):
+    for i_tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         i_m, i_n = tile_of(i_tile, tiles_m, tiles_n, GROUP)
         b_out = tl.zeros([BM, BN], tl.float32)
         for i_k in range(0, K, BK):
@@ -203,7 +192,6 @@ def launch_linear(
         "BN": config.BN,
         "BK": config.BK,
         "GROUP": GROUP,
-        "FLATTEN": config.flatten,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
