@@ -12,7 +12,9 @@ Norm and rotation of the heads, and SwiGLU, are done in the GEMM's epilogue wher
 attention and MLP is not written, and so y is added twice: in a norm that reads both, then with z.
 
 The residual stream is fp32 in every compute dtype: rounded to bf16 at each of its additions, it would carry most of the
-error of a deep model. (Adding to it in the GEMM's epilogue was tried: bench/log_epilogues.md.)
+error of a deep model. Beside 16-bit weights on CUDA it is written as float24 (ops/float24.py), a quarter less to move,
+and until the first addition it is the embeddings themselves. (Adding to it in the GEMM's epilogue was tried:
+bench/log_epilogues.md.)
 
 In the last layer only K and V are needed for all tokens; the rest is computed for the pooled tokens alone.
 """
@@ -29,6 +31,7 @@ from torch import Tensor
 from jv5kernels.model_spec import ModelSpec
 from jv5kernels.ops.attention import attention_varlen
 from jv5kernels.ops.attention_pooled import attention_pooled
+from jv5kernels.ops.float24 import FLOAT24, GRANULE
 from jv5kernels.ops.linear import linear
 from jv5kernels.ops.linear_qk_norm_rope import linear_qk_norm_rope
 from jv5kernels.ops.linear_swiglu import keeps_intermediate, linear_swiglu
@@ -169,6 +172,8 @@ class PackedBackbone:
         self.attention = attention
         # On a CPU there is no fixed-configuration GEMM: one sequence a batch gives the same guarantee.
         self.batch_invariant = batch_invariant and embedding.device.type == "cuda"
+        shortens = embedding.device.type == "cuda" and spec.hidden_size % GRANULE == 0
+        self.stream_dtype = FLOAT24 if shortens and self.dtype.itemsize == 2 else torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -181,7 +186,7 @@ class PackedBackbone:
     def forward(self, batch: PackedBatch) -> Tensor:
         """Returns the hidden states of all tokens after the final norm, (T, C)."""
         residual, pending = self._run_layers(batch, self.layers)
-        return self._norm(residual, pending, self.norm_weight)[0]
+        return self._norm(residual, pending, self.norm_weight, torch.float32)[0]
 
     def forward_pooled(self, batch: PackedBatch, pooling: str) -> tuple[Tensor, Tensor]:
         """Returns what pooling needs: hidden states before the final norm, and their cu_seqlens.
@@ -193,7 +198,10 @@ class PackedBackbone:
             (B, C) or (T, C) fp32, and cu_seqlens (B+1,) int32 that fit it.
         """
         if pooling == "mean":
-            return _total(*self._run_layers(batch, self.layers)), batch.cu_seqlens
+            hidden = self._norm(
+                *self._run_layers(batch, self.layers), self.norm_weight, torch.float32
+            )[1]
+            return hidden, batch.cu_seqlens
         residual, pending = self._run_layers(batch, self.layers[:-1])
         if pooling == "lasttoken":
             rows = batch.cu_seqlens[1:] - 1
@@ -206,11 +214,11 @@ class PackedBackbone:
     def _run_layers(
         self, batch: PackedBatch, layers: Sequence[LayerWeights]
     ) -> tuple[Tensor, Pending]:
-        """The fp32 residual stream after `layers`, and what is still to be added to it."""
+        """The residual stream after `layers`, and what is still to be added to it."""
         pending: Pending = ()
-        residual = torch.nn.functional.embedding(batch.input_ids, self.embedding).float()
+        residual = torch.nn.functional.embedding(batch.input_ids, self.embedding)
         for layer in layers:
-            x, residual = self._norm(residual, pending, layer.input_norm)
+            x, residual = self._norm(residual, pending, layer.input_norm, self.stream_dtype)
             del pending
             y = layer.o(self._attention(x, layer, batch), self.batch_invariant)
             # The stream with y is not written: the next layer's norm adds y once more, before z.
@@ -221,13 +229,15 @@ class PackedBackbone:
             del y
         return residual, pending
 
-    def _norm(self, residual: Tensor, pending: Pending, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream with what is pending: its RMSNorm in the compute dtype, and itself."""
+    def _norm(
+        self, residual: Tensor, pending: Pending, weight: Tensor, total_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream with what is pending: its RMSNorm in the compute dtype, and itself in `total_dtype`."""
         eps = self.spec.rms_norm_eps
         if not pending:
             return rms_norm(residual, weight, eps, dtype=self.dtype), residual
         y, z = pending
-        return add_rms_norm(y, residual, weight, eps, also=z)
+        return add_rms_norm(y, residual, weight, eps, also=z, total_dtype=total_dtype)
 
     def _project(
         self,
@@ -294,7 +304,7 @@ class PackedBackbone:
     ) -> Tensor:
         """The last layer for the tokens in `rows` (B,) alone; hidden states before the final norm, (B, C) fp32."""
         spec, layer = self.spec, self.layers[-1]
-        x, residual = self._norm(residual, pending, layer.input_norm)
+        x, residual = self._norm(residual, pending, layer.input_norm, self.stream_dtype)
         columns = layer.qkv.columns(spec.q_width, spec.qkv_width)
         k, v = self._split_kv(
             self._project(x, columns, layer, batch.positions, 0, spec.num_kv_heads)
@@ -316,11 +326,4 @@ class PackedBackbone:
         residual = residual[rows]
         y = layer.o(out.flatten(1), self.batch_invariant)
         x = rms_norm(residual, layer.post_norm, spec.rms_norm_eps, added=y, dtype=self.dtype)
-        return _total(residual, (y, self._mlp(x, layer)))
-
-
-def _total(residual: Tensor, pending: Pending) -> Tensor:
-    """The residual stream with what is still to be added to it, in place."""
-    for y in pending:
-        residual.add_(y)
-    return residual
+        return self._norm(residual, (y, self._mlp(x, layer)), self.norm_weight, torch.float32)[1]

@@ -19,7 +19,7 @@ def sm90_case(head_dim: int, causal: bool) -> Case:
 
     config = CONFIGS[head_dim]
     keys = [1, 1, config.BN, head_dim]
-    integers = ("slots", "B", "search_steps", "section", "total")
+    integers = ("slots", "B", "section", "total")
     return Case(
         module="jv5kernels.kernels.attention_sm90",
         kernel="attention_sm90_kernel",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sm90 import Case, compile_for_sm90
 
 from jv5kernels.ops import add_rms_norm, rms_norm
+from jv5kernels.ops.float24 import FLOAT24, from_float24, to_float24
 
 EPS = 1e-6
 # One rounding to the dtype, and under the interpreter a truncation instead of it: one unit in the last place.
@@ -119,6 +120,59 @@ def test_a_float32_residual_is_not_rounded(dtype, impl, device, poisoned_memory)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 16), (5, 48), (3, 768), (6, 1024), (2, 2064), (3, 4112)])
+def test_a_float24_stream(shape, dtype, impl, device, poisoned_memory):
+    """A layer's norms: of embeddings, of the stream with y, of the stream with y and z, which is written again."""
+    embedded, y, z = (draw(shape, dtype, device, seed) for seed in (0, 2, 3))
+    weight = draw(shape[1:], dtype, device, seed=1)
+    out, stream = add_rms_norm(
+        y, embedded, weight, EPS, also=z, total_dtype=torch.float32, impl=impl
+    )
+    same, short = add_rms_norm(y, embedded, weight, EPS, also=z, total_dtype=FLOAT24, impl=impl)
+    assert torch.equal(same, out) and short.is_contiguous()
+    assert torch.equal(short, to_float24(stream))
+
+    stream = from_float24(short)
+    first = rms_norm(short, weight, EPS, added=y, dtype=dtype, impl=impl)
+    assert torch.equal(first, rms_norm(stream, weight, EPS, added=y, dtype=dtype, impl=impl))
+    out, total = add_rms_norm(y, short, weight, EPS, also=z, impl=impl)
+    same, whole = add_rms_norm(y, stream, weight, EPS, also=z, impl=impl)
+    assert torch.equal(out, same) and torch.equal(total, to_float24(whole))
+    expected = stream.double() + y.double() + z.double()
+    torch.testing.assert_close(from_float24(total).double(), expected, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(
+        out.double(), reference(expected, weight), rtol=RTOL[dtype], atol=1e-6
+    )
+    alone = rms_norm(total[:1], weight, EPS, impl=impl)
+    assert alone.dtype == torch.float32
+    torch.testing.assert_close(
+        alone.double(), reference(from_float24(total[:1]), weight), rtol=2e-6, atol=1e-6
+    )
+
+
+@given(st.lists(st.floats(width=32), min_size=16, max_size=16))
+def test_float24_rounds_to_the_nearest(values):
+    x = torch.tensor([values])
+    near = from_float24(to_float24(x))
+    finite = x.isfinite() & near.isfinite()
+    assert ((near - x).abs() <= x.abs() * 2.0**-16 + 2.0**-134)[finite].all()
+    assert torch.equal(near.isnan(), x.isnan())
+    # Only what lies within half a step of 2^128 becomes infinite.
+    assert torch.equal(near.isinf(), x.isinf() | (x.abs().double() >= 2.0**128 - 2.0**111))
+    assert torch.equal(to_float24(near[:, finite[0]]), to_float24(x[:, finite[0]]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000])
+def test_float24_keeps_what_is_not_finite(bits, impl, device):
+    x = torch.full((2, 16), bits, dtype=torch.int32, device=device).view(torch.float32)
+    zero, weight = torch.zeros(2, 16, device=device), torch.ones(16, device=device)
+    _, total = add_rms_norm(x, zero, weight, EPS, total_dtype=FLOAT24, impl=impl)
+    assert not from_float24(total).isfinite().any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_strided_rows_and_margins(impl, device):
     parent = torch.full((6, 40), float("nan"), device=device)
     parent[1:5, 8:24] = draw((4, 16), torch.float32, device)
@@ -160,8 +214,9 @@ def test_opcheck(impl, device):
         torch.ops.jv5kernels.rms_norm.default, (x, x, weight, EPS, torch.bfloat16, impl)
     )
     for also in (None, x):
-        arguments = (x, x, also, weight, EPS, impl)
-        torch.library.opcheck(torch.ops.jv5kernels.add_rms_norm.default, arguments)
+        for dtype in (None, FLOAT24):
+            arguments = (x, x, also, weight, EPS, dtype, impl)
+            torch.library.opcheck(torch.ops.jv5kernels.add_rms_norm.default, arguments)
 
 
 def test_compiles_without_graph_breaks():
@@ -182,6 +237,17 @@ def test_errors_name_the_argument():
         add_rms_norm(x, x, weight, EPS, also=torch.ones(3, 8))
     with pytest.raises(TypeError, match="added has dtype int64"):
         rms_norm(x, weight, EPS, added=x.long())
+    with pytest.raises(ValueError, match="x is float24, whose rows have a multiple of 16 values"):
+        rms_norm(torch.zeros(2, 24, dtype=FLOAT24), weight, EPS)
+    with pytest.raises(ValueError, match="total_dtype is float24, whose rows have a multiple"):
+        add_rms_norm(x, x, weight, EPS, total_dtype=FLOAT24)
+    wide = torch.ones(2, 16)
+    with pytest.raises(ValueError, match="rows have 3 bytes a value, not 16 bytes"):
+        add_rms_norm(wide, torch.zeros(2, 16, dtype=FLOAT24), wide[0], EPS)
+    with pytest.raises(ValueError, match=r"residual must have shape \(2, 48\), not \(2, 96\)"):
+        add_rms_norm(wide, torch.zeros(2, 96, dtype=FLOAT24), wide[0], EPS)
+    with pytest.raises(TypeError, match="total_dtype is float16: allowed are float32"):
+        add_rms_norm(x, x, weight, EPS, total_dtype=torch.float16)
     with pytest.raises(ValueError, match="impl='cuda' is no implementation of rms_norm"):
         rms_norm(x, weight, EPS, impl="cuda")
     with pytest.raises(ValueError, match="computes no gradients"):
@@ -219,7 +285,12 @@ def test_compiles_for_sm90():
         accesses = re.findall(r"(?:ld|st)\.global.*", report.ptx)
         assert accesses and all(".v4" in line for line in accesses)
     layer = [added, ("residual",), ("residual", "also", "total")]
-    mixed = [sm90_case(width, "bf16", given, "fp32") for width in (768, 1024) for given in layer]
+    mixed = [
+        sm90_case(width, "bf16", given, stream)
+        for width in (768, 1024)
+        for given in layer
+        for stream in ("fp32", "u8")
+    ]
     for report in shipped + compile_for_sm90(mixed):
         report.check(max_registers=128)
         assert report.shared == 0, "a row passes through shared memory"

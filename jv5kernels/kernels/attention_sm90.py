@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from jv5kernels.kernels.attention import LOG2_E, heads_together, search_steps
+from jv5kernels.kernels.attention import LOG2_E, heads_together
 from jv5kernels.kernels.attention_sm90_softmax import (
     ROWS,
     add_rows,
@@ -62,13 +62,15 @@ from jv5kernels.kernels.hopper import (
 )
 
 CONSUMERS = gl.constexpr(3)
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(160), gl.constexpr(24)
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(160), gl.constexpr(32)
 HEADROOM = gl.constexpr(40.0)
 LIMIT = gl.constexpr(2.0**40)  # of a row's sum under the static offset
 Q_SLOTS = gl.constexpr(2)
 # What the producer tells the consumers of a row tile.
 BEGIN, LENGTH, END_ROW, HEAD, ONLINE = (gl.constexpr(i) for i in range(5))
 FIELDS = gl.constexpr(5)
+# Sequences that a step of the search tells apart.
+FAN = gl.constexpr(128)
 
 
 @dataclass(frozen=True)
@@ -97,16 +99,32 @@ def key_tiles(end_row, length, BN: gl.constexpr, IS_CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def find_sequence(cu_seqlens, slot, B, search_steps, BM: gl.constexpr):
-    """The sequence that owns a tile slot: the last i with cu_seqlens[i] // BM + i <= slot."""
+def find_sequence(cu_seqlens, slot, B, BM: gl.constexpr):
+    """The sequence that owns a tile slot: the last i < B with cu_seqlens[i] // BM + i <= slot.
+
+    Each step keeps one of FAN parts of what is left: many reads at once take no longer than one.
+    """
+    o = gl.arange(0, FAN, gl.BlockedLayout([FAN // 32], [32], [1], [0]))
     low = 0
-    high = B
-    for _ in range(search_steps):
-        middle = (low + high) // 2
-        is_left = gl.load(cu_seqlens + middle) // BM + middle <= slot
-        low = gl.where(is_left, middle, low)
-        high = gl.where(is_left, high, middle)
+    size = B
+    while size > 1:
+        part = gl.cdiv(size, FAN)
+        o_i = o * part
+        first_token = gl.load(cu_seqlens + low + o_i, mask=o_i < size, other=0)
+        is_left = (o_i < size) & (first_token // BM + low + o_i <= slot)
+        chosen = (gl.sum(is_left.to(gl.int32), 0) - 1) * part
+        low += chosen
+        size = gl.minimum(part, size - chosen)
     return low
+
+
+@gluon.jit
+def claim(counter, total):
+    """The next tile that no program has; `total` when each program had the only one it gets."""
+    tile = total
+    if total > gl.num_programs(0):
+        tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+    return tile
 
 
 @gluon.jit
@@ -120,7 +138,7 @@ def wants_again(again, slot):
 
 @gluon.jit
 def produce(
-    descriptors, cu_seqlens, counter, memory, notes, q_bars, k_bars, v_bars, slots, B, search_steps, section, total,
+    descriptors, cu_seqlens, counter, memory, notes, q_bars, k_bars, v_bars, slots, B, section, total,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
@@ -129,7 +147,6 @@ def produce(
     q_smem, k_smem, v_smem = memory
     tiles, again = notes
     BM: gl.constexpr = ROWS * CONSUMERS
-    grid = gl.num_programs(0)
     tile = gl.program_id(0)
     slot = 0
     slot_phase = 0
@@ -152,16 +169,14 @@ def produce(
             while (end_row <= 0) & (tile < total):
                 i_slot = tile // section % slots
                 i_h = tile // section // slots * section + tile % section
-                i_b = find_sequence(cu_seqlens, i_slot, B, search_steps, BM)
+                i_b = find_sequence(cu_seqlens, i_slot, B, BM)
                 begin = gl.load(cu_seqlens + i_b)
                 length = gl.load(cu_seqlens + i_b + 1) - begin
                 # Last rows first: they have the most keys when causal. Row tiles end where the sequence does, so the
                 # one that is not full is the first, where the least is to do.
                 end_row = gl.cdiv(length, ROWS) * ROWS - (i_slot - begin // BM - i_b) * BM
-                if total > grid:
-                    tile = grid + gl.atomic_add(counter, 1, sem="relaxed")
-                else:
-                    tile = total
+                if end_row <= 0:
+                    tile = claim(counter, total)
             if end_row <= 0:
                 # The other slot's tile may still ask to be done again, which is known when its slot comes round:
                 # a blank tile goes in between, and the end after that.
@@ -187,6 +202,9 @@ def produce(
                     q_bars[0].index(slot),
                     q_smem.index(slot * CONSUMERS + c),
                 )
+            if online == 0:
+                # While the queries are on their way.
+                tile = claim(counter, total)
         for i in range(n):
             # Last key tile first.
             row = RAGGED_END - length + (n - 1 - i) * BN
@@ -294,7 +312,7 @@ def consume(
         tile_end = get(tiles, slot * FIELDS + END_ROW, 4)
 
 
-@gluon.jit(do_not_specialize=["slots", "B", "search_steps", "section", "total"])
+@gluon.jit(do_not_specialize=["slots", "B", "section", "total"])
 def attention_sm90_kernel(
     q_desc,  # [T, HQ * D], block [64, D]
     k_desc,  # ragged descriptor of [T, HQ // GROUP * D], block [1, 1, BN, D]
@@ -305,7 +323,6 @@ def attention_sm90_kernel(
     scale,  # softmax_scale · log2(e)
     slots,
     B,
-    search_steps,
     section,  # query heads taken together
     total,  # slots · HQ
     HQ: gl.constexpr,
@@ -342,7 +359,7 @@ def attention_sm90_kernel(
             (consume, (2, out, scale, memory, notes, q_bars, k_bars, v_bars,
                        HQ, D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
             (produce, (descriptors, cu_seqlens, counter, memory, notes, q_bars, k_bars, v_bars,
-                       slots, B, search_steps, section, total, D, BN, STAGES, GROUP, IS_CAUSAL)),
+                       slots, B, section, total, D, BN, STAGES, GROUP, IS_CAUSAL)),
         ],
         [4, 4, 1],
         [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -380,7 +397,6 @@ def launch_attention_sm90(
         softmax_scale * LOG2_E,
         slots,
         B,
-        search_steps(B),
         heads_together(HQ, HKV, max_seqlen, 2 * D * k.element_size()),
         slots * HQ,
         HQ=HQ,

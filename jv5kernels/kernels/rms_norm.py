@@ -8,7 +8,8 @@ lane of a warp (of the wider dtype, when x and residual differ), so a row's sum 
 without shared memory, and rows of 768 need no padding. Only rows that would not fit into a warp's
 registers are spread over all warps.
 
-Traffic: the inputs and outputs that there are, once each; the weight stays in the caches.
+Rows of bytes are float24 (ops/float24.py). Traffic: the inputs and outputs that there are, once each; the
+weight stays in the caches.
 """
 
 from __future__ import annotations
@@ -25,29 +26,48 @@ MAX_WARP_CHUNKS = 8
 
 
 @triton.jit
-def load_chunks(p, m_t, o_c, C: tl.constexpr, CHUNKS: tl.constexpr, BC: tl.constexpr):
-    """The columns of some rows as CHUNKS blocks of [BT, BC]; p points to the first of them."""
+def load_chunks(x, o_t, stride, o_c, m_t, C: tl.constexpr, CHUNKS: tl.constexpr, BC: tl.constexpr):
+    """Rows o_t of x as CHUNKS blocks of [BT, BC]; float24 becomes fp32, all else stays what it is."""
+    p = x + o_t * stride
+    p_upper = p.to(tl.pointer_type(tl.uint16)) if x.dtype.element_ty == tl.uint8 else p
     b_chunks = ()
     for i in tl.static_range(CHUNKS):
-        b_chunks += (tl.load(p + i * BC, mask=m_t & (i * BC + o_c < C), other=0.0),)
+        m = m_t & (i * BC + o_c < C)
+        if x.dtype.element_ty == tl.uint8:
+            b_upper = tl.load(p_upper + i * BC + o_c, mask=m, other=0).to(tl.uint32)
+            b_lower = tl.load(p + 2 * C + i * BC + o_c, mask=m, other=0).to(tl.uint32)
+            b_bits = (b_upper << 16) | (b_lower << 8)
+            b_chunks += (b_bits.to(tl.float32, bitcast=True),)
+        else:
+            b_chunks += (tl.load(p + i * BC + o_c, mask=m, other=0.0),)
     return b_chunks
 
 
 @triton.jit
-def store_chunks(p, b_chunks, m_t, o_c, C: tl.constexpr, CHUNKS: tl.constexpr, BC: tl.constexpr):
-    """Rounds blocks to the dtype behind p and stores them."""
+def store_chunks(x, b_chunks, o_t, o_c, m_t, C: tl.constexpr, CHUNKS: tl.constexpr, BC: tl.constexpr):
+    """Rounds blocks to the format of x, whose rows are contiguous, and stores them."""
     for i in tl.static_range(CHUNKS):
-        tl.store(p + i * BC, b_chunks[i].to(p.dtype.element_ty), mask=m_t & (i * BC + o_c < C))
+        m = m_t & (i * BC + o_c < C)
+        if x.dtype.element_ty == tl.uint8:
+            p = x + o_t * (3 * C)
+            b_bits = b_chunks[i].to(tl.uint32, bitcast=True)
+            # A NaN whose bits are all ones would become zero.
+            b_bits = tl.where(b_chunks[i] == b_chunks[i], b_bits + 0x80, b_bits)
+            p_upper = p.to(tl.pointer_type(tl.uint16)) + i * BC + o_c
+            tl.store(p_upper, (b_bits >> 16).to(tl.uint16), mask=m)
+            tl.store(p + 2 * C + i * BC + o_c, (b_bits >> 8).to(tl.uint8), mask=m)
+        else:
+            tl.store(x + o_t * C + i * BC + o_c, b_chunks[i].to(x.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["T"])
 def rms_norm_kernel(
-    x,  # [T, C]
-    residual,  # [T, C] or None
+    x,  # [T, C], or float24 [T, 3 * C]
+    residual,  # likewise, or None
     also,  # [T, C] or None
     weight,  # [C]
     out,  # [T, C]
-    total,  # [T, C] or None
+    total,  # [T, C], or float24 [T, 3 * C], or None
     stride_xt,
     stride_rt,
     stride_at,
@@ -61,16 +81,15 @@ def rms_norm_kernel(
     o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]  # [BT, 1]
     o_c = tl.arange(0, BC)[None, :]  # [1, BC]
     m_t = o_t < T
-    o_out = o_t * C + o_c
 
     # All loads before the first store, which the compiler would not move them over.
-    b_x = load_chunks(x + o_t * stride_xt + o_c, m_t, o_c, C, CHUNKS, BC)
+    b_x = load_chunks(x, o_t, stride_xt, o_c, m_t, C, CHUNKS, BC)
     if residual is not None:
-        b_residual = load_chunks(residual + o_t * stride_rt + o_c, m_t, o_c, C, CHUNKS, BC)
+        b_residual = load_chunks(residual, o_t, stride_rt, o_c, m_t, C, CHUNKS, BC)
     if also is not None:
-        b_also = load_chunks(also + o_t * stride_at + o_c, m_t, o_c, C, CHUNKS, BC)
+        b_also = load_chunks(also, o_t, stride_at, o_c, m_t, C, CHUNKS, BC)
     # For every row anew: from the L1 cache, where sharing would go through shared memory.
-    b_weight = load_chunks(weight + 0 * o_t + o_c, m_t, o_c, C, CHUNKS, BC)
+    b_weight = load_chunks(weight, o_t, 0, o_c, m_t, C, CHUNKS, BC)
 
     b_totals = ()
     b_square = tl.zeros([BT, BC], tl.float32)
@@ -83,14 +102,14 @@ def rms_norm_kernel(
         b_square += b_total * b_total
         b_totals += (b_total,)
     if total is not None:
-        store_chunks(total + o_out, b_totals, m_t, o_c, C, CHUNKS, BC)
+        store_chunks(total, b_totals, o_t, o_c, m_t, C, CHUNKS, BC)
 
     b_mean = tl.sum(b_square, axis=1) / C  # [BT]
     b_inverse = (1.0 / tl.sqrt_rn(b_mean + eps))[:, None]
     b_out = ()
     for i in tl.static_range(CHUNKS):
         b_out += (b_totals[i] * b_inverse * b_weight[i].to(tl.float32),)
-    store_chunks(out + o_out, b_out, m_t, o_c, C, CHUNKS, BC)
+    store_chunks(out, b_out, o_t, o_c, m_t, C, CHUNKS, BC)
 
 
 def tile(width: int, element_size: int) -> tuple[int, int, int]:
@@ -113,13 +132,13 @@ def launch_rms_norm(
     out: torch.Tensor,
     total: torch.Tensor | None,
 ) -> None:
-    """Fills `out`, and `total` with the sum where it is wanted; both are contiguous (T, C)."""
-    T, C = x.shape
+    """Fills `out`, and `total` with the sum where it is wanted; both are contiguous. Rows of bytes are float24."""
+    T, C = out.shape
     if T == 0:
         return
     # The widest dtype: stores of more than 16 bytes a lane would pass through shared memory.
-    rows = [t for t in (x, residual, also, out) if t is not None]
-    CHUNKS, BT, BC = tile(C, max(t.element_size() for t in rows))
+    rows = [t for t in (x, residual, also, out, total) if t is not None]
+    CHUNKS, BT, BC = tile(C, max(max(t.element_size(), 2) for t in rows))
     rms_norm_kernel[(triton.cdiv(T, BT),)](
         x,
         residual,
