@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from harness import Work, cpu_benchmarks, main
 
 from jv5kernels.ops import add_rms_norm, rms_norm
+from jv5kernels.ops.float24 import FLOAT24, from_float24, to_float24
 
 EPS = 1e-6
 NAME = "rms_norm"
@@ -20,11 +21,15 @@ NAME = "rms_norm"
 def works(device: str) -> list[Work]:
     """The widths of nano and small, at the tokens of one full batch.
 
-    On the GPU with a residual stream in float32, as the backbone has it, and in bfloat16 throughout.
+    On the GPU with a residual stream in float24, as the backbone has it, in float32, and in bfloat16 throughout.
     """
     if device == "cuda":
-        pairs = [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
-        problems = [Problem(32768, c, *dtypes, device) for dtypes in pairs for c in (768, 1024)]
+        streams = (FLOAT24, torch.float32, torch.bfloat16)
+        problems = [
+            Problem(32768, c, torch.bfloat16, stream, device)
+            for stream in streams
+            for c in (768, 1024)
+        ]
     else:
         problems = [Problem(2048, c, torch.float32, torch.float32, device) for c in (768, 1024)]
     return [make(problem) for problem in problems for make in (plain, added)]
@@ -43,7 +48,8 @@ class Problem:
     @property
     def name(self) -> str:
         shape = f"T={self.tokens} C={self.width} {str(self.dtype)[6:]}"
-        return shape if self.stream == self.dtype else f"{shape}, {str(self.stream)[6:]} stream"
+        stream = "float24" if self.stream == FLOAT24 else str(self.stream)[6:]
+        return shape if self.stream == self.dtype else f"{shape}, {stream} stream"
 
     @property
     def ours(self) -> str:
@@ -57,47 +63,64 @@ class Problem:
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device).to(dtype)
 
+    def draw_stream(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stream as the kernels take it, and as the peers do: those have float32 for float24."""
+        shortens = self.stream == FLOAT24
+        stream = self.draw(torch.float32 if shortens else self.stream, 1, self.tokens, self.width)
+        short = to_float24(stream) if shortens else stream
+        return short, from_float24(short) if shortens else stream
+
 
 def plain(problem: Problem) -> Work:
-    """The norm of the residual stream alone."""
+    """The norm of the residual stream and what attention adds to it, which is not written."""
     dtype, width, ours = problem.dtype, problem.width, problem.ours
-    x = problem.draw(problem.stream, 0, problem.tokens, width)
+    y = problem.draw(dtype, 0, problem.tokens, width)
+    stream, peers_stream = problem.draw_stream()
     weight = problem.draw(dtype, 2, width)
+
+    def eager() -> torch.Tensor:
+        total = peers_stream + y
+        return F.rms_norm(total, (width,), weight.to(total.dtype), EPS).to(dtype)
+
     return Work(
         name=f"rms_norm {problem.name}",
         variants={
-            f"ours ({ours})": lambda: rms_norm(x, weight, EPS, dtype=dtype, impl=ours),
-            "torch": lambda: F.rms_norm(x, (width,), weight.to(x.dtype), EPS).to(dtype),
+            f"ours ({ours})": lambda: rms_norm(
+                stream, weight, EPS, added=y, dtype=dtype, impl=ours
+            ),
+            "torch": eager,
         },
-        reference=lambda: rms_norm(x.double(), weight.double(), EPS, impl="torch"),
+        reference=lambda: rms_norm(
+            peers_stream.double() + y.double(), weight.double(), EPS, impl="torch"
+        ),
         tolerance=problem.tolerance,
-        bytes=x.nbytes + x.numel() * dtype.itemsize + weight.nbytes,
+        bytes=stream.nbytes + 2 * y.nbytes + weight.nbytes,
         memory_bound=True,
     )
 
 
 def added(problem: Problem) -> Work:
-    """The residual stream takes x on, and is normed."""
+    """The residual stream takes on what attention and the MLP give, and is normed."""
     dtype, width, ours = problem.dtype, problem.width, problem.ours
-    x = problem.draw(dtype, 0, problem.tokens, width)
-    residual = problem.draw(problem.stream, 1, problem.tokens, width)
+    y, z = (problem.draw(dtype, seed, problem.tokens, width) for seed in (0, 3))
+    stream, peers_stream = problem.draw_stream()
     weight = problem.draw(dtype, 2, width)
 
     def eager() -> torch.Tensor:
-        total = x + residual
+        total = peers_stream + y + z
         return F.rms_norm(total, (width,), weight.to(total.dtype), EPS).to(dtype)
 
     return Work(
         name=f"add_rms_norm {problem.name}",
         variants={
-            f"ours ({ours})": lambda: add_rms_norm(x, residual, weight, EPS, impl=ours)[0],
+            f"ours ({ours})": lambda: add_rms_norm(y, stream, weight, EPS, also=z, impl=ours)[0],
             "torch": eager,
         },
         reference=lambda: rms_norm(
-            x.double() + residual.double(), weight.double(), EPS, impl="torch"
+            peers_stream.double() + y.double() + z.double(), weight.double(), EPS, impl="torch"
         ),
         tolerance=problem.tolerance,
-        bytes=2 * (x.nbytes + residual.nbytes) + weight.nbytes,
+        bytes=2 * stream.nbytes + 3 * y.nbytes + weight.nbytes,
         memory_bound=True,
     )
 

@@ -84,7 +84,10 @@ class Timing:
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as a CUDA graph, so that the time of a short kernel is not that of its launch from Python."""
+    """The call as a CUDA graph, so that the time of a short kernel is not that of its launch from Python.
+
+    It keeps the call alive, and so the memory that the graph reads.
+    """
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -92,7 +95,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         result = call()
 
-    def replay() -> Any:
+    def replay(graph: Any = graph, result: Any = result, call: Any = call) -> Any:
         graph.replay()
         return result
 

@@ -44,7 +44,9 @@ def load_chunks(x, o_t, stride, o_c, m_t, C: tl.constexpr, CHUNKS: tl.constexpr,
 
 
 @triton.jit
-def store_chunks(x, b_chunks, o_t, o_c, m_t, C: tl.constexpr, CHUNKS: tl.constexpr, BC: tl.constexpr):
+def store_chunks(
+    x, b_chunks, o_t, o_c, m_t, C: tl.constexpr, CHUNKS: tl.constexpr, BC: tl.constexpr
+):
     """Rounds blocks to the format of x, whose rows are contiguous, and stores them."""
     for i in tl.static_range(CHUNKS):
         m = m_t & (i * BC + o_c < C)
