@@ -264,7 +264,7 @@ def sm90_case(width: int, dtype: str, given: tuple[str, ...], stream: str = "") 
     types |= {name: f"*{stream or dtype}" for name in given if name in ("residual", "total")}
     scalars = {name: "i32" for name in ("stride_xt", "stride_rt", "stride_at", "T")}
     CHUNKS, BT, BC = tile(width, 4 if "fp32" in (dtype, stream) else 2)
-    constants = {"C": width, "CHUNKS": CHUNKS, "BT": BT, "BC": BC}
+    constants = {"C": width, "CHUNKS": CHUNKS, "BT": BT, "BC": BC, "IS_CHAINED": True}
     constants |= {name: None for name in ("residual", "also", "total") if name not in given}
     return Case(
         "jv5kernels.kernels.rms_norm",

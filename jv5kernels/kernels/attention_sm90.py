@@ -59,6 +59,7 @@ from jv5kernels.kernels.hopper import (
     ragged_descriptor,
     ring,
     row_descriptor,
+    wait_for_the_kernel_before,
 )
 
 CONSUMERS = gl.constexpr(3)
@@ -346,6 +347,7 @@ def attention_sm90_kernel(
     k_bars = ring(STAGES, CONSUMERS)
     v_bars = ring(STAGES, CONSUMERS)
     block_barrier()
+    wait_for_the_kernel_before()
     memory = (q_smem, k_smem, v_smem)
     notes = (tiles, again)
     descriptors = (q_desc, k_desc, v_desc)
@@ -407,4 +409,5 @@ def launch_attention_sm90(
         IS_CAUSAL=causal,
         SUM_BY_MMA=config.SUM_BY_MMA,
         num_warps=4,
+        launch_pdl=True,
     )

@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Names that Gluon changed after Triton 3.6.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -17,6 +18,13 @@ block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 # Where the row dimension of a ragged descriptor ends: at the end of the sequence.
 RAGGED_END = gl.constexpr(0x40000000)
+
+
+@gluon.jit
+def wait_for_the_kernel_before():
+    """As in launch.py: every thread that follows sees its results, and the kernel after may start."""
+    gdc_wait()
+    gdc_launch_dependents()
 
 
 @gluon.jit

@@ -3,16 +3,36 @@
 Triton finds the compiled kernel of a call by the type of each argument, by which numbers are 1 or multiples of 16,
 and by the constants: some 13 µs for the kernel of means, three times what the launch itself takes. Here the caller
 says which arguments can change what is compiled, and the rest of them is passed on.
+
+Kernels of a layer are chained: each is launched while the one before it still runs, and waits for its results at the
+place where it calls `wait_for_the_kernel_before` (programmatic dependent launch). What stands before that place may
+read nothing that a kernel writes.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # (kernel, device, fixed arguments, options, dtypes of tensors) -> Triton's CompiledKernel. Triton keeps it as well.
 COMPILED: dict[tuple[Any, ...], Any] = {}
+
+
+@triton.jit
+def wait_for_the_kernel_before():
+    """Everything behind this sees the results of the kernel before; the kernel after may start, up to this point."""
+    gdc_wait()
+    gdc_launch_dependents()
+
+
+@lru_cache
+def can_chain(device: torch.device) -> bool:
+    """Whether the device launches a kernel while the one before runs."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def launch(

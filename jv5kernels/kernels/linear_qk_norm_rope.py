@@ -200,4 +200,5 @@ def launch_linear_qk_norm_rope(
         D=head_dim,
         K=K,
         num_warps=4,
+        launch_pdl=True,
     )

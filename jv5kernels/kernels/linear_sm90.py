@@ -32,6 +32,7 @@ from jv5kernels.kernels.hopper import (
     multiprocessors,
     ring,
     store_tile,
+    wait_for_the_kernel_before,
 )
 from jv5kernels.kernels.linear import device_class, fits_descriptors
 
@@ -64,13 +65,17 @@ def left_and_right(b):
 
 @gluon.jit
 def allocate(x_desc, w_desc, PARTS: gl.constexpr):
-    """Memory of the ring, for x and the weight, and of the consumers' results; and the ring's barriers."""
+    """Memory of the ring, for x and the weight, and of the consumers' results; and the ring's barriers.
+
+    Behind it the kernel before is done.
+    """
     dtype: gl.constexpr = x_desc.dtype
     x_smem = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, ROWS, BK], x_desc.layout)
     w_smem = gl.allocate_shared_memory(dtype, [STAGES, PARTS, BN // PARTS, BK], w_desc.layout)
     results = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BC], x_desc.layout)
     bars = ring(STAGES, CONSUMERS)
     block_barrier()
+    wait_for_the_kernel_before()
     return (x_smem, w_smem, results), bars
 
 

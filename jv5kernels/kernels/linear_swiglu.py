@@ -98,5 +98,5 @@ def launch_linear_swiglu(x: torch.Tensor, weight: torch.Tensor, out: torch.Tenso
         return
     tiles_f = -(-F // BC.value)
     linear_swiglu_kernel[(programs(T, tiles_f, x.device),)](
-        *descriptors(x, weight, out, parts=2), T, TILES_F=tiles_f, K=K, num_warps=4
+        *descriptors(x, weight, out, parts=2), T, TILES_F=tiles_f, K=K, num_warps=4, launch_pdl=True
     )

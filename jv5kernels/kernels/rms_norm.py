@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from jv5kernels.kernels.launch import can_chain, wait_for_the_kernel_before
+
 NUM_WARPS = 4
 # Bytes of a row that one warp loads at a time: 16 for each lane.
 WARP_BYTES = 512
@@ -79,7 +81,10 @@ def rms_norm_kernel(
     CHUNKS: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):
+    if IS_CHAINED:
+        wait_for_the_kernel_before()
     o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]  # [BT, 1]
     o_c = tl.arange(0, BC)[None, :]  # [1, BC]
     m_t = o_t < T
@@ -157,5 +162,7 @@ def launch_rms_norm(
         CHUNKS=CHUNKS,
         BT=BT,
         BC=BC,
+        IS_CHAINED=can_chain(x.device),
+        launch_pdl=can_chain(x.device),
         num_warps=NUM_WARPS,
     )

@@ -20,12 +20,12 @@ is done. So memory is read without a pause from layer to layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from jv5kernels.kernels.launch import can_chain, wait_for_the_kernel_before
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = 1.4426950408889634
@@ -62,13 +62,6 @@ def dot(a, b, out):
     if INTERPRET:  # the interpreter multiplies bf16 bit patterns
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, out, input_precision="ieee")
-
-
-@triton.jit
-def wait_for_the_kernel_before():
-    """Everything behind this sees the results of the kernel before; the kernel after may start, up to this point."""
-    gdc_wait()
-    gdc_launch_dependents()
 
 
 @triton.jit
@@ -216,12 +209,6 @@ def short_attention_kernel(
     b_out = dot(b_p, b_v, tl.zeros([BT, D], tl.float32)) / b_sum[:, None]
     p_out = out + (begin + o_t[:, None]) * (HQ * D) + i_h * D + o_d[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m)
-
-
-@lru_cache
-def can_chain(device: torch.device) -> bool:
-    """Whether the device launches a kernel while the one before runs."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def config_of(columns: int, inner: int, is_swiglu: bool) -> tuple[Config, int]:
