@@ -113,7 +113,10 @@ def bench(
     if device == "cuda":
         traced = profile(lambda: ours.encode(texts))
         extra["gpu_busy_share"] = traced.share
-        print(f"  GPU busy {100 * traced.share:.1f} % of {traced.wall:.3f} s (traced)")
+        print(
+            f"  GPU busy {100 * traced.share:.1f} % of {traced.wall:.3f} s (traced), "
+            f"idle for {1e3 * traced.lead:.0f} ms before the first kernel"
+        )
     trial: dict[int, float] = {}
     for size in BATCH_SIZES[device]:
         peer.encode(texts[:size], batch_size=size)

@@ -18,11 +18,13 @@ class Busy:
     Args:
         wall: seconds from call to return.
         busy: seconds in which at least one kernel or copy ran.
+        lead: seconds from the call to the first kernel or copy.
         kernels: (name, count, seconds), longest first.
     """
 
     wall: float
     busy: float
+    lead: float
     kernels: list[tuple[str, int, float]]
 
     @property
@@ -42,6 +44,11 @@ def profile(call: Callable[[], Any]) -> Busy:
 
     torch.cuda.synchronize()
     with tracer(activities=[ProfilerActivity.CUDA]) as trace:
+        # The tracer sets itself up at the first kernel.
+        torch.zeros(1, device="cuda")
+        torch.cuda.synchronize()
+        time.sleep(0.01)
+        begun_ns = time.time_ns()
         start = time.perf_counter()
         call()
         torch.cuda.synchronize()
@@ -49,8 +56,9 @@ def profile(call: Callable[[], Any]) -> Busy:
     events = [
         (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
         for event in trace.profiler.kineto_results.events()
-        if event.device_type() == DeviceType.CUDA
+        if event.device_type() == DeviceType.CUDA and event.start_ns() > begun_ns - 5_000_000
     ]
+    assert events, "the call ran nothing on the GPU"
     busy, end = 0, 0
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for begin, stop, name in sorted(events):
@@ -59,4 +67,5 @@ def profile(call: Callable[[], Any]) -> Busy:
         totals[name][0] += 1
         totals[name][1] += stop - begin
     kernels = [(name, count, time_ns / 1e9) for name, (count, time_ns) in totals.items()]
-    return Busy(wall, busy / 1e9, sorted(kernels, key=lambda k: -k[2]))
+    lead = (min(events)[0] - begun_ns) / 1e9
+    return Busy(wall, busy / 1e9, lead, sorted(kernels, key=lambda k: -k[2]))

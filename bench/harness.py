@@ -31,6 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 ROUNDS = 3
 ROUND_MS = 60
 SAME_SIZE_COPY = "copy of as many bytes"
+COPY_GRID = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -251,11 +252,11 @@ def print_records(records: Iterable[dict[str, Any]]) -> None:
 
 
 def same_size_copy(nbytes: int) -> Callable[[], torch.Tensor]:
-    """A copy on the device that moves `nbytes`, half of them in and half out, in whole 16-byte words.
+    """A copy on the device that moves `nbytes`, half of them in and half out, or a little less.
 
-    Of a size off that grid, the library's copy is slower by half.
+    The library's copy of sizes off a coarse grid is slower by half, so the size is rounded down to one.
     """
-    source = torch.zeros(-(-nbytes // 32) * 16, dtype=torch.uint8, device="cuda")
+    source = torch.zeros(nbytes // 2 // COPY_GRID * COPY_GRID, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 

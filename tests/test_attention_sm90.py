@@ -23,10 +23,9 @@ def sm90_case(head_dim: int, causal: bool) -> Case:
     return Case(
         module="jv5kernels.kernels.attention_sm90",
         kernel="attention_sm90_kernel",
-        signature={"out": "*bf16", "cu_seqlens": "*i32", "counter": "*i32", "scale": "fp32"}
+        signature={"cu_seqlens": "*i32", "counter": "*i32", "scale": "fp32"}
         | dict.fromkeys(integers, "i32"),
         constants={
-            "HQ": 16,
             "GROUP": 2,
             "D": head_dim,
             "BN": config.BN,
@@ -34,7 +33,12 @@ def sm90_case(head_dim: int, causal: bool) -> Case:
             "IS_CAUSAL": causal,
             "SUM_BY_MMA": config.SUM_BY_MMA,
         },
-        descriptors={"q_desc": [64, head_dim], "k_desc": keys, "v_desc": keys},
+        descriptors={
+            "q_desc": [64, head_dim],
+            "k_desc": keys,
+            "v_desc": keys,
+            "out_desc": [1, 1, 64, 64],
+        },
         inspected=True,
     )
 

@@ -4,20 +4,19 @@
 
 A program has CONSUMERS warpgroups, each with 64 query rows of one head, and one warp that feeds them by TMA: a ring of
 STAGES tiles of BN keys and values, which all consumers share, and two slots for queries, so that the next row tile
-comes in while this one is computed. The order of the products is that of FlashAttention-3 (arXiv 2407.08608).
+comes in while this one is computed; results leave by TMA while the next row tile begins. The order of the products is
+that of FlashAttention-3 (arXiv 2407.08608).
 
 Softmax with a static offset. The first key tile of a row (that of its diagonal, or the last one) fixes the offset
 
     c = max of that tile's scaled scores + HEADROOM,      p = 2^(score - c)
 
 for all its keys: no running maximum, no rescaling. A sum above 2^HEADROOM means that some score exceeds the first
-tile's by far; the same program then does the row tile again with the online softmax. Numerator and denominator sum
+tile's by far; the same program then does those rows again with the online softmax. Numerator and denominator sum
 the same rounded p, so a row that one key dominates is exact. Values between 2^-86 and 2^86 in magnitude neither
 vanish nor overflow on the way.
 
-Programs take row tiles from a list in order. As in kernels/attention.py, tile slots of sequence i begin at
-cu_seqlens[i] // BM + i and a search finds the sequence of a slot; with batches packed longest first, long work comes
-first. Which program computes a tile, and after which, never changes a bit of it.
+Which program computes a row tile, and after which, never changes a bit of it: attention_sm90_tiles.py hands them out.
 
 What the speed depends on is checked in the machine code by tests without a GPU: no spills; the wait for p·v behind the
 exponentials (an mbarrier wait between them keeps ptxas from hoisting it); no wgmma in flight over a back edge, which
@@ -32,7 +31,9 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma_wait,
 )
 
@@ -48,30 +49,37 @@ from jv5kernels.kernels.attention_sm90_softmax import (
     static_pass,
     weights,
 )
+from jv5kernels.kernels.attention_sm90_tiles import (
+    BEGIN,
+    CONSUMERS,
+    END_ROW,
+    FIELDS,
+    HEAD,
+    LENGTH,
+    ONLINE,
+    Q_SLOTS,
+    key_tiles,
+    produce,
+)
 from jv5kernels.kernels.hopper import (
     RAGGED_END,
     advance,
     block_barrier,
     get,
-    load_tile,
     multiprocessors,
     put,
     ragged_descriptor,
     ring,
     row_descriptor,
+    store_tile,
     wait_for_the_kernel_before,
 )
 
-CONSUMERS = gl.constexpr(3)
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(160), gl.constexpr(32)
 HEADROOM = gl.constexpr(40.0)
 LIMIT = gl.constexpr(2.0**40)  # of a row's sum under the static offset
-Q_SLOTS = gl.constexpr(2)
-# What the producer tells the consumers of a row tile.
-BEGIN, LENGTH, END_ROW, HEAD, ONLINE = (gl.constexpr(i) for i in range(5))
-FIELDS = gl.constexpr(5)
-# Sequences that a step of the search tells apart.
-FAN = gl.constexpr(128)
+# Columns of the output that leave at a time.
+OUT_COLUMNS = gl.constexpr(64)
 
 
 @dataclass(frozen=True)
@@ -91,154 +99,27 @@ CONFIGS = {
 
 
 @gluon.jit
-def key_tiles(end_row, length, BN: gl.constexpr, IS_CAUSAL: gl.constexpr):
-    """How many key tiles the rows before end_row see."""
-    end = length
-    if IS_CAUSAL:
-        end = gl.minimum(end_row, length)
-    return gl.cdiv(end, BN)
-
-
-@gluon.jit
-def find_sequence(cu_seqlens, slot, B, BM: gl.constexpr):
-    """The sequence that owns a tile slot: the last i < B with cu_seqlens[i] // BM + i <= slot.
-
-    Each step keeps one of FAN parts of what is left: many reads at once take no longer than one.
-    """
-    o = gl.arange(0, FAN, gl.BlockedLayout([FAN // 32], [32], [1], [0]))
-    low = 0
-    size = B
-    while size > 1:
-        part = gl.cdiv(size, FAN)
-        o_i = o * part
-        first_token = gl.load(cu_seqlens + low + o_i, mask=o_i < size, other=0)
-        is_left = (o_i < size) & (first_token // BM + low + o_i <= slot)
-        chosen = (gl.sum(is_left.to(gl.int32), 0) - 1) * part
-        low += chosen
-        size = gl.minimum(part, size - chosen)
-    return low
-
-
-@gluon.jit
-def claim(counter, total):
-    """The next tile that no program has; `total` when each program had the only one it gets."""
-    tile = total
-    if total > gl.num_programs(0):
-        tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-    return tile
-
-
-@gluon.jit
-def wants_again(again, slot):
-    """Whether a consumer asked for the slot's row tile to be done online."""
-    result = get(again, slot * CONSUMERS, 1)
-    for c in gl.static_range(1, CONSUMERS):
-        result |= get(again, slot * CONSUMERS + c, 1)
-    return result
-
-
-@gluon.jit
-def produce(
-    descriptors, cu_seqlens, counter, memory, notes, q_bars, k_bars, v_bars, slots, B, section, total,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    IS_CAUSAL: gl.constexpr,
-):  # fmt: skip
-    """Feeds the consumers row tile by row tile, and ends with one whose end row is negative."""
-    q_desc, k_desc, v_desc = descriptors
-    q_smem, k_smem, v_smem = memory
-    tiles, again = notes
-    BM: gl.constexpr = ROWS * CONSUMERS
-    tile = gl.program_id(0)
-    slot = 0
-    slot_phase = 0
-    stage = 0
-    phase = 0
-    is_blank = False
-    is_running = True
-    while is_running:
-        # A slot is free when its row tile is finished; then it is known whether that must be done again.
-        mbarrier.wait(q_bars[1].index(slot), slot_phase ^ 1)
-        online = wants_again(again, slot)
-        begin = get(tiles, slot * FIELDS + BEGIN, 1)
-        length = get(tiles, slot * FIELDS + LENGTH, 1)
-        end_row = get(tiles, slot * FIELDS + END_ROW, 1)
-        i_h = get(tiles, slot * FIELDS + HEAD, 1)
-        if online != 0:
-            is_blank = False
-        else:
-            end_row = -1
-            while (end_row <= 0) & (tile < total):
-                i_slot = tile // section % slots
-                i_h = tile // section // slots * section + tile % section
-                i_b = find_sequence(cu_seqlens, i_slot, B, BM)
-                begin = gl.load(cu_seqlens + i_b)
-                length = gl.load(cu_seqlens + i_b + 1) - begin
-                # Last rows first: they have the most keys when causal. Row tiles end where the sequence does, so the
-                # one that is not full is the first, where the least is to do.
-                end_row = gl.cdiv(length, ROWS) * ROWS - (i_slot - begin // BM - i_b) * BM
-                if end_row <= 0:
-                    tile = claim(counter, total)
-            if end_row <= 0:
-                # The other slot's tile may still ask to be done again, which is known when its slot comes round:
-                # a blank tile goes in between, and the end after that.
-                length = 0
-                end_row = gl.where(is_blank, -1, 0)
-                is_blank = True
-        put(tiles, slot * FIELDS + BEGIN, begin, 1)
-        put(tiles, slot * FIELDS + LENGTH, length, 1)
-        put(tiles, slot * FIELDS + END_ROW, end_row, 1)
-        put(tiles, slot * FIELDS + HEAD, i_h, 1)
-        put(tiles, slot * FIELDS + ONLINE, online, 1)
-        n = key_tiles(end_row, length, BN, IS_CAUSAL)
-        if n <= 0:
-            mbarrier.arrive(q_bars[0].index(slot))
-            is_running = end_row >= 0
-        else:
-            mbarrier.expect(q_bars[0].index(slot), BM * D * 2)
-            for c in gl.static_range(CONSUMERS):
-                row = begin + end_row + (c - CONSUMERS) * ROWS
-                load_tile(
-                    q_desc,
-                    [row, i_h * D],
-                    q_bars[0].index(slot),
-                    q_smem.index(slot * CONSUMERS + c),
-                )
-            if online == 0:
-                # While the queries are on their way.
-                tile = claim(counter, total)
-        for i in range(n):
-            # Last key tile first.
-            row = RAGGED_END - length + (n - 1 - i) * BN
-            where = [RAGGED_END, begin + length, row, i_h // GROUP * D]
-            mbarrier.wait(k_bars[1].index(stage), phase ^ 1)
-            mbarrier.expect(k_bars[0].index(stage), BN * D * 2)
-            load_tile(k_desc, where, k_bars[0].index(stage), k_smem.index(stage))
-            mbarrier.wait(v_bars[1].index(stage), phase ^ 1)
-            mbarrier.expect(v_bars[0].index(stage), BN * D * 2)
-            load_tile(v_desc, where, v_bars[0].index(stage), v_smem.index(stage))
-            stage, phase = advance(stage, phase, STAGES)
-        slot, slot_phase = advance(slot, slot_phase, Q_SLOTS)
+def columns_of(b, part: gl.constexpr):
+    """[ROWS, D] -> OUT_COLUMNS of its columns, without a move."""
+    D: gl.constexpr = b.shape[1]
+    if D > OUT_COLUMNS:
+        b = gl.split(gl.permute(gl.reshape(b, [ROWS, 2, D // 2]), [0, 2, 1]))[part]
+    return b
 
 
 @gluon.jit
 def consume(
-    C: gl.constexpr, out, scale, memory, notes, q_bars, k_bars, v_bars,
-    HQ: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, SUM_BY_MMA: gl.constexpr,
+    C: gl.constexpr, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    SUM_BY_MMA: gl.constexpr,
 ):  # fmt: skip
     """Computes 64 rows of every row tile of this program."""
-    q_smem, k_smem, v_smem = memory
+    q_smem, k_smem, v_smem, o_smem = memory
     tiles, again = notes
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     l_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    # 16 bytes a lane, rows where the products leave them.
-    columns: gl.constexpr = [[0, 32], [0, 64]] if D == 128 else [[0, 32]]
-    store_layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4]] + columns + [[8, 0]],
-        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, D],
-    )  # fmt: skip
     dtype: gl.constexpr = q_smem.dtype
     slot = 0
     slot_phase = 0
@@ -253,6 +134,8 @@ def consume(
         online = get(tiles, slot * FIELDS + ONLINE, 4)
         first_row = tile_end + (C - CONSUMERS) * ROWS
         n = gl.where(first_row >= 0, key_tiles(first_row + ROWS, length, BN, IS_CAUSAL), 0)
+        # Rows are done again for those that asked.
+        n = gl.where((online == 0) | (get(again, slot * CONSUMERS + C, 4) != 0), n, 0)
         # Key tiles that these rows do not see pass by.
         for _ in range(key_tiles(tile_end, length, BN, IS_CAUSAL) - n):
             mbarrier.wait(k_bars[0].index(stage), phase)
@@ -300,17 +183,32 @@ def consume(
                 # False for NaN too. Rows past the end hold whatever follows the sequence, and do not count.
                 is_fine = (b_total <= LIMIT) | (first_row + gl.arange(0, ROWS, o_rows) >= length)
                 wants_online = 1 - gl.min(is_fine.to(gl.int32), 0)
-            b_o = gl.convert_layout((b_out * (1.0 / b_total)[:, None]).to(dtype), store_layout)
-            o_t = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, store_layout))
-            o_d = gl.arange(0, D, gl.SliceLayout(0, store_layout))
-            p_out = out + (begin.to(gl.int64) * (HQ * D) + i_h * D)
-            p_out = p_out + o_t[:, None].to(gl.int64) * (HQ * D) + o_d[None, :]
-            gl.store(p_out, b_o, mask=(o_t < length)[:, None] & (o_d < D)[None, :])
-        put(again, slot * CONSUMERS + C, wants_online, 4)
-        mbarrier.arrive(q_bars[1].index(slot))
+            put(again, slot * CONSUMERS + C, wants_online, 4)
+            mbarrier.arrive(q_bars[1].index(slot))
+            if wants_online == 0:
+                b_out = b_out * (1.0 / b_total)[:, None]
+                for part in gl.static_range(D // OUT_COLUMNS):
+                    where = [
+                        RAGGED_END,
+                        begin + length,
+                        RAGGED_END - length + first_row,
+                        i_h * D + part * OUT_COLUMNS,
+                    ]
+                    b_o = columns_of(b_out, part).to(dtype)
+                    # The one before has left the shared memory.
+                    tma.store_wait(0)
+                    block_barrier()
+                    o_smem.index(C).reshape([ROWS, OUT_COLUMNS]).store(b_o)
+                    fence_async_shared()
+                    block_barrier()
+                    store_tile(out_desc, where, o_smem.index(C))
+        else:
+            put(again, slot * CONSUMERS + C, 0, 4)
+            mbarrier.arrive(q_bars[1].index(slot))
         slot, slot_phase = advance(slot, slot_phase, Q_SLOTS)
         mbarrier.wait(q_bars[0].index(slot), slot_phase)
         tile_end = get(tiles, slot * FIELDS + END_ROW, 4)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["slots", "B", "section", "total"])
@@ -318,7 +216,7 @@ def attention_sm90_kernel(
     q_desc,  # [T, HQ * D], block [64, D]
     k_desc,  # ragged descriptor of [T, HQ // GROUP * D], block [1, 1, BN, D]
     v_desc,  # likewise
-    out,  # [T, HQ, D], contiguous
+    out_desc,  # ragged descriptor of [T, HQ * D], block [1, 1, 64, OUT_COLUMNS]
     cu_seqlens,  # [B + 1]
     counter,  # [1] int32, zero; unread when every tile has a program of its own
     scale,  # softmax_scale · log2(e)
@@ -326,7 +224,6 @@ def attention_sm90_kernel(
     B,
     section,  # query heads taken together
     total,  # slots · HQ
-    HQ: gl.constexpr,
     GROUP: gl.constexpr,
     D: gl.constexpr,
     BN: gl.constexpr,
@@ -338,6 +235,7 @@ def attention_sm90_kernel(
     q_smem = gl.allocate_shared_memory(dtype, [Q_SLOTS * CONSUMERS, ROWS, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], v_desc.layout)
+    o_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, ROWS, OUT_COLUMNS], out_desc.layout)
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tiles = gl.allocate_shared_memory(gl.int32, [Q_SLOTS * FIELDS, 1], word)
     again = gl.allocate_shared_memory(gl.int32, [Q_SLOTS * CONSUMERS, 1], word)
@@ -348,18 +246,18 @@ def attention_sm90_kernel(
     v_bars = ring(STAGES, CONSUMERS)
     block_barrier()
     wait_for_the_kernel_before()
-    memory = (q_smem, k_smem, v_smem)
+    memory = (q_smem, k_smem, v_smem, o_smem)
     notes = (tiles, again)
     descriptors = (q_desc, k_desc, v_desc)
     # These tuples stand inline: through a variable their constexprs would become tensors.
     gl.warp_specialize(
         [
-            (consume, (0, out, scale, memory, notes, q_bars, k_bars, v_bars,
-                       HQ, D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
-            (consume, (1, out, scale, memory, notes, q_bars, k_bars, v_bars,
-                       HQ, D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
-            (consume, (2, out, scale, memory, notes, q_bars, k_bars, v_bars,
-                       HQ, D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
+            (consume, (0, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
+                       D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
+            (consume, (1, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
+                       D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
+            (consume, (2, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
+                       D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
             (produce, (descriptors, cu_seqlens, counter, memory, notes, q_bars, k_bars, v_bars,
                        slots, B, section, total, D, BN, STAGES, GROUP, IS_CAUSAL)),
         ],
@@ -393,7 +291,7 @@ def launch_attention_sm90(
         row_descriptor(q, ROWS.value),
         ragged_descriptor(k, config.BN),
         ragged_descriptor(v, config.BN),
-        out,
+        ragged_descriptor(out, ROWS.value, OUT_COLUMNS.value),
         cu_seqlens,
         counter,
         softmax_scale * LOG2_E,
@@ -401,7 +299,6 @@ def launch_attention_sm90(
         B,
         heads_together(HQ, HKV, max_seqlen, 2 * D * k.element_size()),
         slots * HQ,
-        HQ=HQ,
         GROUP=HQ // HKV,
         D=D,
         BN=config.BN,

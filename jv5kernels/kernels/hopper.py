@@ -66,8 +66,10 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def ragged_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor of tiles [rows, D] of x (T, H, D) that end where a sequence does, with zeros after it.
+def ragged_descriptor(x: torch.Tensor, rows: int, columns: int = 0) -> TensorDescriptor:
+    """A descriptor of tiles [rows, columns] of x (T, H, D), or [rows, D], that end where a sequence does.
+
+    What lies behind it is read as zeros and not written.
 
     Two leading dimensions shift the origin (their strides cancel in 64-bit arithmetic), so that row 2^30, where the
     third dimension ends, is the end of the sequence; triton.tools.ragged_tma explains the trick.
@@ -76,7 +78,9 @@ def ragged_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     stride = x.stride(0)
     shape = [0x7FFF0000, 0x7FFF0000, RAGGED_END.value, H * D]
     layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=4)
-    return TensorDescriptor(x, shape, [2**34 - stride, stride, stride, 1], [1, 1, rows, D], layout)
+    return TensorDescriptor(
+        x, shape, [2**34 - stride, stride, stride, 1], [1, 1, rows, columns or D], layout
+    )
 
 
 def row_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:

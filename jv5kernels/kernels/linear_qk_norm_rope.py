@@ -57,7 +57,8 @@ def rotated(b, b_cos, b_sin, b_weights, eps, D: gl.constexpr):
     """Heads [ROWS, BC] after their norm, where b_weights has the halves of its weight, and their rotation."""
     b_1, b_2 = halves_of_heads(b, D)
     if b_weights is not None:
-        b_mean = gl.sum(b_1 * b_1 + b_2 * b_2, 2) / D  # [ROWS, BC / D]
+        # Summed apart, a square and its addition are one instruction.
+        b_mean = (gl.sum(b_1 * b_1, 2) + gl.sum(b_2 * b_2, 2)) / D  # [ROWS, BC / D]
         b_inverse = gl.expand_dims(gl.rsqrt(b_mean + eps), 2)
         b_1 = b_1 * b_inverse * of_all_heads(b_weights[0])
         b_2 = b_2 * b_inverse * of_all_heads(b_weights[1])
