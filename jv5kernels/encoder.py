@@ -285,7 +285,7 @@ class FastEncoder:
 
     def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[np.ndarray]:
         """Returns the token ids that `encode` would use, one int32 array a text; no prompt unless given."""
-        return self._tokenization.encode([prompt + text for text in check_texts(texts)]).ids
+        return list(self._tokenization.encode([prompt + text for text in check_texts(texts)]).ids)
 
     def get_sentence_embedding_dimension(self) -> int:
         """Dimensions of an embedding (before bits are packed)."""

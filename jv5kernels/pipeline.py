@@ -27,6 +27,8 @@ from jv5kernels.tokenization import Tokenization
 
 # Characters that are tokenised at once: about one batch, so that the device starts soon and never waits for more.
 WINDOW_CHARACTERS = 1 << 17
+# The part of a window with which a run begins: what is tokenised while the device waits.
+BEGINNING = 1 / 4
 # Windows that are tokenised at the same time. The tokenizer spreads each over all cores, but not the Python after it,
 # nor one long text.
 THREADS = 2
@@ -40,8 +42,8 @@ IN_FLIGHT = 2
 # A batch's values are a tensor (B, width), or one tensor a text that stays on the device.
 Values = Tensor | tuple[Tensor, ...]
 BatchFunction = Callable[[PackedBatch], tuple[Values, Tensor]]
-# Token ids by row, and how many texts were cut.
-Tokenized = tuple[dict[int, np.ndarray], int]
+# Rows, their token ids, and how many texts were cut.
+Tokenized = tuple[np.ndarray, Sequence[np.ndarray], int]
 # Token ids -> values, and flags on the host; None for batches that are not short.
 ShortFunction = Callable[[Sequence[np.ndarray]], tuple[Tensor, Tensor] | None]
 
@@ -163,8 +165,8 @@ class Pipeline:
     def run(self, texts: Sequence[str], rows: np.ndarray) -> int:
         """Encodes ``texts[i]`` as row ``rows[i]``; returns how many of them were truncated."""
         if sum(map(len, texts)) <= INLINE_CHARACTERS:
-            ids, truncated = self._tokenize(texts, rows, np.arange(len(texts)))
-            self._ids.update(ids)
+            found, ids, truncated = self._tokenize(texts, rows, np.arange(len(texts)))
+            self._ids.update(zip(found.tolist(), ids, strict=True))
             for planned in self._plan(np.asarray(rows)):
                 self._run_batch(planned)
         else:
@@ -185,13 +187,12 @@ class Pipeline:
         threads = ThreadPoolExecutor(THREADS, thread_name_prefix="jv5-tokenize")
         try:
             tokenized = _ahead(threads, partial(self._tokenize, texts, rows), windows)
-            for index, (ids, cut) in enumerate(tokenized):
-                self._ids.update(ids)
-                found = np.fromiter(ids, dtype=np.int64, count=len(ids))
+            for index, (found, ids, cut) in enumerate(tokenized):
+                self._ids.update(zip(found.tolist(), ids, strict=True))
                 batches = self._plan(np.concatenate([pending, found]))
-                if 0 < index < len(windows) - 1:
-                    # The last batch may be part filled: it waits for the texts of the next window. Not that of the
-                    # first window, for which the device waits.
+                if 1 < index < len(windows) - 1:
+                    # The last batch may be part filled: it waits for the texts of the next window. Not at the
+                    # beginning, when the device waits.
                     pending = batches.pop().rows
                 for batch in batches:
                     yield batch, cut
@@ -216,10 +217,9 @@ class Pipeline:
                 f"text {int(rows[window[cut[0]]])} is longer than max_seq_length={self.limits.max_length} "
                 "tokens and on_overlong='error'; 'truncate' would cut it"
             )
-        ids = dict(zip(rows[window].tolist(), tokenized.ids, strict=True))
-        tokens = sum(map(len, tokenized.ids))
-        self.statistics.add(texts=len(ids), tokens=tokens, truncated=len(cut))
-        return ids, len(cut)
+        tokens = int(np.minimum(tokenized.lengths, self.limits.max_length).sum())
+        self.statistics.add(texts=len(window), tokens=tokens, truncated=len(cut))
+        return rows[window], tokenized.ids, len(cut)
 
     def _run_batch(self, batch: _Planned) -> None:
         """Computes a batch; one that does not fit into memory is cut in two until it does."""
@@ -300,8 +300,8 @@ class Pipeline:
 def _windows(texts: Sequence[str]) -> list[np.ndarray]:
     """Indices of the texts by falling length in characters, cut into windows of WINDOW_CHARACTERS.
 
-    The window of the shortest is the first: all cores tokenise its many texts at once, and while the device computes
-    them the longest are tokenised, each by one core.
+    The window of the shortest comes first, in two parts: all cores tokenise its many texts at once, and while the
+    device computes them the longest are tokenised, each by one core.
     """
     characters = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     if not len(characters):
@@ -309,8 +309,10 @@ def _windows(texts: Sequence[str]) -> list[np.ndarray]:
     order = np.argsort(-characters, kind="stable")
     to_the_end = np.cumsum(characters[order][::-1] + 1)[::-1]
     window = (to_the_end - 1) // WINDOW_CHARACTERS
-    windows = np.split(order, np.flatnonzero(np.diff(window)) + 1)
-    return [windows[-1], *windows[:-1]]
+    window[to_the_end <= BEGINNING * WINDOW_CHARACTERS] = -1
+    parts = np.split(order, np.flatnonzero(np.diff(window)) + 1)
+    beginning = max(1, int((np.unique(window) <= 0).sum()))
+    return [*parts[: -beginning - 1 : -1], *parts[:-beginning]]
 
 
 def _ahead(

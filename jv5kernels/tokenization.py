@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -26,15 +27,44 @@ class TokenizedTexts:
     """Token ids of some texts, in order.
 
     Args:
-        ids: one int32 array a text, at most max_length long, special tokens included.
+        ids: one int32 array a text, at most max_length long, special tokens included; made when it is asked for.
         lengths: (N,) int64, tokens of each text before truncation; of a text that is far longer than max_length only
             a lower bound beyond it, since the rest was not tokenised.
         truncated: (N,) bool, where a text was longer than max_length.
     """
 
-    ids: list[np.ndarray]
+    ids: Sequence[np.ndarray]
     lengths: np.ndarray
     truncated: np.ndarray
+
+
+class _Ids(Sequence[np.ndarray]):
+    """Token ids of encodings, cut to a limit and converted when asked for.
+
+    The conversion holds Python's lock: a thread that tokenises for another one leaves it to that one, which would
+    otherwise wait for the lock at every call that it makes.
+    """
+
+    def __init__(self, encodings: Sequence[Encoding], limit: int, after: int) -> None:
+        self._encodings = encodings
+        self._limit = limit
+        self._after = after
+
+    def __len__(self) -> int:
+        return len(self._encodings)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Ids(self._encodings[index], self._limit, self._after)
+        ids = np.array(self._encodings[index].ids, dtype=np.int32)
+        return cut(ids, self._limit, self._after)
+
+
+def cut(ids: np.ndarray, limit: int, after: int) -> np.ndarray:
+    """The first tokens, then the special ones that end every text."""
+    if len(ids) <= limit:
+        return ids
+    return np.concatenate([ids[: limit - after], ids[len(ids) - after :]])
 
 
 @dataclass(frozen=True)
@@ -111,11 +141,7 @@ class Tokenization:
                 f"texts[{names[int(lengths.argmin())]}] gives no tokens: it is empty, without a prompt, and this "
                 "tokenizer adds no special token; there is nothing to embed"
             )
-        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        truncated = lengths > limit
-        for i in np.flatnonzero(truncated):
-            ids[i] = self._cut(ids[i], limit)
-        return TokenizedTexts(ids, lengths, truncated)
+        return TokenizedTexts(_Ids(encodings, limit, self._after), lengths, lengths > limit)
 
     def _encode_up_to(
         self, limit: int, texts: Sequence[str], names: Sequence[int] | np.ndarray
@@ -146,7 +172,7 @@ class Tokenization:
             raise
         if not len(encoding):
             self.encode([text])  # says that there is nothing to embed
-        ids = self._cut(np.array(encoding.ids, dtype=np.int32), limit)
+        ids = cut(np.array(encoding.ids, dtype=np.int32), limit, self._after)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         starts, ends = offsets[self._before : len(offsets) - self._after].T
         # A character that a normaliser merged into its neighbour, or that no token claims, goes with the token before.
@@ -166,12 +192,6 @@ class Tokenization:
                 except UnicodeEncodeError as error:
                     raise ValueError(f"texts[{name}] is not valid Unicode: {error}") from error
             raise
-
-    def _cut(self, ids: np.ndarray, limit: int) -> np.ndarray:
-        """The first tokens, then the special ones that end every text."""
-        if len(ids) <= limit:
-            return ids
-        return np.concatenate([ids[: limit - self._after], ids[len(ids) - self._after :]])
 
     def _check_length(self, name: str, length: int) -> int:
         least = max(1, self._before + self._after)

@@ -16,6 +16,7 @@ from jv5kernels.pipeline import Limits, Pipeline, Statistics
 from jv5kernels.tokenization import TokenizedTexts
 
 CPU = torch.device("cpu")
+WINDOW = pipeline.WINDOW_CHARACTERS
 
 
 class Characters:
@@ -102,11 +103,7 @@ def test_batches_keep_their_order_when_windows_end_out_of_order(monkeypatch):
     found, batches = run(texts, tokenization)
     lengths = [n for batch in batches for n in batch[1:]]
     assert found.tolist() == sums(texts)
-    # A window of the shortest, then all others.
-    first = lengths.index(30)
-    assert sum(lengths[:first]) <= 100 and max(lengths[:first]) < min(lengths[first:])
-    for part in (lengths[:first], lengths[first:]):
-        assert part == sorted(part, reverse=True)
+    assert lengths == [len(texts[i]) for window in pipeline._windows(texts) for i in window]
 
 
 def test_a_few_texts_need_no_thread():
@@ -166,11 +163,14 @@ def test_windows_hold_every_text_once(lengths):
     windows = pipeline._windows(texts)
     everything = np.concatenate([*windows, np.zeros(0, np.int64)])
     assert sorted(everything.tolist()) == list(range(len(texts)))
-    # The shortest come first.
-    if len(windows) > 1:
-        everything = np.roll(everything, -len(windows[0]))
-    assert [lengths[i] for i in everything] == sorted(lengths, reverse=True)
+    # The shortest come first: a quarter of a window and the rest of it, as far as there are texts so short.
+    rest = np.cumsum([sum(lengths[i] + 1 for i in window) for window in windows])
+    beginning = min(len(windows), max(1, int((rest[:2] <= WINDOW).sum())))
+    ascending = [lengths[i] for window in windows[:beginning] for i in window[::-1]]
+    descending = [lengths[i] for window in windows[beginning:] for i in window]
+    assert ascending == sorted(ascending) and descending == sorted(descending, reverse=True)
+    assert not descending or ascending[-1] <= descending[-1]
     for window in windows:
         assert len(window)
-        assert sum(lengths[i] + 1 for i in window[:-1]) <= pipeline.WINDOW_CHARACTERS
-    assert len(windows) <= sum(n + 1 for n in lengths) // pipeline.WINDOW_CHARACTERS + 1
+        assert sum(lengths[i] + 1 for i in window[:-1]) <= WINDOW
+    assert len(windows) <= sum(n + 1 for n in lengths) // WINDOW + 2
