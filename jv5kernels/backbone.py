@@ -36,6 +36,7 @@ from jv5kernels.ops.linear import linear
 from jv5kernels.ops.linear_qk_norm_rope import linear_qk_norm_rope
 from jv5kernels.ops.linear_swiglu import keeps_intermediate, linear_swiglu
 from jv5kernels.ops.qk_norm_rope import qk_norm_rope
+from jv5kernels.ops.registry import triton_unavailable
 from jv5kernels.ops.rms_norm import add_rms_norm, rms_norm
 from jv5kernels.ops.swiglu import swiglu
 from jv5kernels.packing import PackedBatch
@@ -172,8 +173,11 @@ class PackedBackbone:
         self.attention = attention
         # On a CPU there is no fixed-configuration GEMM: one sequence a batch gives the same guarantee.
         self.batch_invariant = batch_invariant and embedding.device.type == "cuda"
-        shortens = embedding.device.type == "cuda" and spec.hidden_size % GRANULE == 0
-        self.stream_dtype = FLOAT24 if shortens and self.dtype.itemsize == 2 else torch.float32
+        has_kernel = (
+            embedding.device.type == "cuda" and triton_unavailable(embedding.device) is None
+        )
+        shortens = has_kernel and self.dtype.itemsize == 2 and spec.hidden_size % GRANULE == 0
+        self.stream_dtype = FLOAT24 if shortens else torch.float32
 
     @property
     def device(self) -> torch.device:

@@ -48,7 +48,7 @@ class MemoryModel:
 def memory_model(spec: ModelSpec, dtype: torch.dtype) -> MemoryModel:
     """The memory model of an architecture in a compute dtype.
 
-    The bound follows the layer loop: around attention the fp32 residual stream, the block's input and output
+    The bound follows the layer loop: around attention the residual stream (at most fp32), the block's input and output
     (2·C), the fused projection and the attention output are alive; in the MLP the residual stream, what attention
     adds to it, input and output, and either F for all tokens (SwiGLU in the GEMM's epilogue) or 3·F + C for one chunk.
 

@@ -10,6 +10,7 @@ from jv5kernels import backbone as module
 from jv5kernels.backbone import LowRank, PackedBackbone, Projection, fuse_layer
 from jv5kernels.model_spec import ModelSpec
 from jv5kernels.ops import linear_swiglu, rope_table
+from jv5kernels.ops.float24 import FLOAT24
 from jv5kernels.packing import pack
 
 SPEC = ModelSpec(
@@ -98,6 +99,27 @@ def test_fused_blocks_are_as_exact_as_separate_ones(pooling, device, request):
     norm = expected.norm()
     errors = [((out.cpu() - expected).norm() / norm).item() for out in (together, apart)]
     assert errors[0] < 1.5 * errors[1] and errors[1] < 2e-3, errors
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_float24_stream_is_as_exact_as_a_float32_one(pooling):
+    half = build(torch.bfloat16, "cpu")
+    exact = build(torch.float32, "cpu")
+    for layer, other in zip(exact.layers, half.layers, strict=True):
+        for name in ("qkv", "o", "gate_up", "down"):
+            getattr(layer, name).weight.copy_(getattr(other, name).weight)
+    exact.embedding.copy_(half.embedding)
+    assert half.stream_dtype == torch.float32, "on a CPU the stream is float32"
+    whole, _ = half.forward_pooled(batch("cpu"), pooling)
+    half.stream_dtype = FLOAT24
+    short, _ = half.forward_pooled(batch("cpu"), pooling)
+    assert short.dtype == torch.float32 and not torch.equal(short, whole)
+    expected, _ = exact.forward_pooled(batch("cpu"), pooling)
+    errors = [((out - expected).norm() / expected.norm()).item() for out in (short, whole)]
+    assert errors[0] < 1.05 * errors[1] and errors[1] < 2e-2, errors
+    torch.testing.assert_close(
+        half.forward(batch("cpu")), exact.forward(batch("cpu")).bfloat16(), rtol=0.1, atol=0.1
+    )
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
