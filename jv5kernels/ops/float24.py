@@ -27,8 +27,8 @@ def to_float24(x: Tensor) -> Tensor:
         (T, 3·C), uint8.
 
     Example:
-        >>> from_float24(to_float24(torch.tensor([[1.0, 1.0 + 2.0**-15, 1.0 + 2.0**-17]])))
-        tensor([[1.0000, 1.0000, 1.0000]])
+        >>> from_float24(to_float24(torch.tensor([[1.0, 1.0 + 2.0**-15, 1.0 + 2.0**-17]]))).tolist()
+        [[1.0, 1.000030517578125, 1.0]]
     """
     bits = x.contiguous().view(torch.int32)
     # A NaN whose bits are all ones would become zero.
