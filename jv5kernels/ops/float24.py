@@ -40,6 +40,7 @@ def to_float24(x: Tensor) -> Tensor:
 def from_float24(rows: Tensor) -> Tensor:
     """The float32 values of float24 rows, exactly: (T, 3·C) uint8 -> (T, C)."""
     width = rows.shape[1] // 3
-    upper = rows[:, : 2 * width].contiguous().view(torch.int16).to(torch.int32)
+    upper = rows[:, : 2 * width].clone(memory_format=torch.contiguous_format)
+    upper = upper.view(torch.int16).to(torch.int32)
     bits = (upper << 16) | (rows[:, 2 * width :].to(torch.int32) << 8)
     return bits.view(torch.float32)
