@@ -121,7 +121,7 @@ def test_a_float32_residual_is_not_rounded(dtype, impl, device, poisoned_memory)
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 16), (5, 48), (3, 768), (6, 1024), (2, 2064), (3, 4112)])
+@pytest.mark.parametrize("shape", [(1, 16), (5, 48), (3, 768), (6, 1024), (2, 2064)])
 def test_a_float24_stream(shape, dtype, impl, device, poisoned_memory):
     """A layer's norms: of embeddings, of the stream with y, of the stream with y and z, which is written again."""
     embedded, y, z = (draw(shape, dtype, device, seed) for seed in (0, 2, 3))
