@@ -67,6 +67,13 @@ class Report:
         assert self.registers <= max_registers, f"{self.registers} registers"
         assert ".f64" not in self.ptx, "float64 arithmetic in the kernel"
 
+    def check_chained(self) -> None:
+        """Asserts that a kernel waits for the one before, once, and touches no memory until then."""
+        before, after = self.ptx.split("griddepcontrol.wait")
+        assert "griddepcontrol.launch_dependents" in after
+        for access in ("ld.global", "st.global", "atom.global", "cp.async.bulk.tensor"):
+            assert access not in before, f"{access} before the wait"
+
 
 def compile_for_sm90(cases: list[Case]) -> list[Report]:
     """Compiles the cases, as many at a time as there are cores; raises what the compiler raised."""

@@ -48,6 +48,7 @@ def test_machine_code():
     cases = [sm90_case(64, causal=False), sm90_case(128, causal=True)]  # as in nano and in small
     for case, report in zip(cases, compile_for_sm90(cases), strict=True):
         report.check()
+        report.check_chained()
         assert report.losses == [], "ptxas serialises wgmma or ignores setmaxnreg"
         assert "setmaxnreg" in report.ptx
         static = [body for body in wgmma_loops(report.sass) if not holds(body, "FMNMX")]

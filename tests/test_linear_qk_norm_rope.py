@@ -280,6 +280,7 @@ def test_compiles_for_sm90():
         )
     for report in compile_for_sm90(cases):
         report.check()
+        report.check_chained()
         assert not report.losses
         assert "wgmma.mma_async.sync.aligned.m64n256k16" in report.ptx
         # One wait for the products of a step in either consumer, not one behind each.

@@ -244,6 +244,7 @@ def test_compiles_for_sm90():
     ]
     for report in compile_for_sm90(cases):
         report.check()
+        report.check_chained()
         assert not report.losses
         # One MMA of the whole tile, fed by TMA as it lies: no copy of the weight through registers.
         assert f"wgmma.mma_async.sync.aligned.m64n{BN.value}k16" in report.ptx

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,7 +105,49 @@ def test_batches_keep_their_order_when_windows_end_out_of_order(monkeypatch):
     found, batches = run(texts, tokenization)
     lengths = [n for batch in batches for n in batch[1:]]
     assert found.tolist() == sums(texts)
-    assert lengths == [len(texts[i]) for window in pipeline._windows(texts) for i in window]
+    # A quarter of a window of the shortest, the rest of that window, then all others.
+    first, second, *_ = (len(window) for window in pipeline._windows(texts))
+    parts = lengths[:first], lengths[first : first + second], lengths[first + second :]
+    assert sum(parts[0]) <= 25 and sum(parts[0] + parts[1]) <= 100 and parts[2][0] == 30
+    assert max(parts[0]) < min(parts[1]) and max(parts[1]) < min(parts[2])
+    for part in parts:
+        assert part == sorted(part, reverse=True)
+    # While the device waits no batch does, for texts of the next window.
+    ends = np.cumsum([len(batch) - 1 for batch in batches])
+    assert first in ends and first + second in ends
+
+
+class Converted(Sequence):
+    """Token ids that note which thread asks for them."""
+
+    def __init__(self, ids, threads: set[str]) -> None:
+        self.ids = ids
+        self.threads = threads
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        self.threads.add(threading.current_thread().name)
+        return self.ids[index]
+
+
+def test_ids_are_made_by_the_thread_that_packs_them(monkeypatch):
+    monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", 100)
+    monkeypatch.setattr(pipeline, "INLINE_CHARACTERS", 0)
+    converting: set[str] = set()
+
+    class Lazy(Characters):
+        def encode(self, texts, **options):
+            tokenized = super().encode(texts, **options)
+            return replace(tokenized, ids=Converted(tokenized.ids, converting))
+
+    tokenization = Lazy()
+    texts = [f"text number {i}" for i in range(100)]
+    found, _ = run(texts, tokenization)
+    assert found.tolist() == sums(texts)
+    assert converting == {threading.current_thread().name}
+    assert converting.isdisjoint(tokenization.threads)
 
 
 def test_a_few_texts_need_no_thread():
@@ -170,6 +214,8 @@ def test_windows_hold_every_text_once(lengths):
     descending = [lengths[i] for window in windows[beginning:] for i in window]
     assert ascending == sorted(ascending) and descending == sorted(descending, reverse=True)
     assert not descending or ascending[-1] <= descending[-1]
+    if beginning == 2:
+        assert rest[0] <= WINDOW / 4 < rest[0] + lengths[windows[1][-1]] + 1
     for window in windows:
         assert len(window)
         assert sum(lengths[i] + 1 for i in window[:-1]) <= WINDOW

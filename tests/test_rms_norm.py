@@ -293,4 +293,5 @@ def test_compiles_for_sm90():
     ]
     for report in shipped + compile_for_sm90(mixed):
         report.check(max_registers=128)
+        report.check_chained()
         assert report.shared == 0, "a row passes through shared memory"

@@ -113,6 +113,12 @@ def test_empty_and_blank_texts():
     assert list(tokenization("small").encode([]).ids) == []
 
 
+def test_ids_are_made_when_they_are_asked_for():
+    ids = tokenization("nano").encode(["a text", "another one"]).ids
+    assert ids[0] is not ids[0] and np.array_equal(ids[0], ids[0])
+    assert [part.tolist() for part in ids[1:]] == [ids[1].tolist()]
+
+
 def test_a_tokenizer_that_puts_tokens_on_both_sides():
     tokenizer = Tokenizer(
         WordLevel({"[B]": 0, "[E]": 1, "?": 2, **{c: ord(c) for c in "abcd789"}}, "?")
