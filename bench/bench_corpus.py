@@ -112,7 +112,7 @@ def bench(
     extra: dict[str, Any] = {}
     if device == "cuda":
         traced = profile(lambda: ours.encode(texts))
-        extra["gpu_busy_share"] = traced.share
+        extra |= {"gpu_busy_share": traced.share, "gpu_idle_first_s": traced.lead}
         print(
             f"  GPU busy {100 * traced.share:.1f} % of {traced.wall:.3f} s (traced), "
             f"idle for {1e3 * traced.lead:.0f} ms before the first kernel"

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+# By how much the device's clock may be behind the host's.
+MARGIN_NS = 5_000_000
+
 
 @dataclass(frozen=True)
 class Busy:
@@ -44,10 +47,10 @@ def profile(call: Callable[[], Any]) -> Busy:
 
     torch.cuda.synchronize()
     with tracer(activities=[ProfilerActivity.CUDA]) as trace:
-        # The tracer sets itself up at the first kernel.
+        # The tracer sets itself up at the first kernel, which does not count: it ends long before the call.
         torch.zeros(1, device="cuda")
         torch.cuda.synchronize()
-        time.sleep(0.01)
+        time.sleep(2e-9 * MARGIN_NS)
         begun_ns = time.time_ns()
         start = time.perf_counter()
         call()
@@ -56,7 +59,7 @@ def profile(call: Callable[[], Any]) -> Busy:
     events = [
         (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
         for event in trace.profiler.kineto_results.events()
-        if event.device_type() == DeviceType.CUDA and event.start_ns() > begun_ns - 5_000_000
+        if event.device_type() == DeviceType.CUDA and event.start_ns() > begun_ns - MARGIN_NS
     ]
     assert events, "the call ran nothing on the GPU"
     busy, end = 0, 0

@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 ROUNDS = 3
 ROUND_MS = 60
 SAME_SIZE_COPY = "copy of as many bytes"
-COPY_GRID = 1 << 16
+COPY_GRID = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         result = call()
 
-    def replay(graph: Any = graph, result: Any = result, call: Any = call) -> Any:
+    def replay(call: Callable[[], Any] = call) -> Any:
         graph.replay()
         return result
 

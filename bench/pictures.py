@@ -150,7 +150,7 @@ def roofline(path: Path) -> None:
         )
     for i, (_, share, _) in enumerate(shares):
         axes.text(100 * share + 1, i, f"{100 * share:.0f} %", va="center", fontsize=8)
-    labels = [work.replace("bfloat16", "").strip() for work, _, _ in shares]
+    labels = [work.replace(" bfloat16", "") for work, _, _ in shares]
     axes.set_yticks(range(len(shares)), labels, fontsize=8)
     axes.set_xlim(0, 110)
     axes.margins(y=0.01)
@@ -159,7 +159,7 @@ def roofline(path: Path) -> None:
     axes.set_axisbelow(True)
     axes.set_xlabel("%")
     axes.set_title("share of the roofline", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, path, (*MEMORY_BOUND, "attention"))
 

@@ -236,7 +236,10 @@ class PackedBackbone:
     def _norm(
         self, residual: Tensor, pending: Pending, weight: Tensor, total_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream with what is pending: its RMSNorm in the compute dtype, and itself in `total_dtype`."""
+        """The residual stream with what is pending: its RMSNorm in the compute dtype, and itself.
+
+        In `total_dtype`, where something was pending; otherwise it is returned as it came.
+        """
         eps = self.spec.rms_norm_eps
         if not pending:
             return rms_norm(residual, weight, eps, dtype=self.dtype), residual

@@ -57,14 +57,7 @@ class _Ids(Sequence[np.ndarray]):
         if isinstance(index, slice):
             return _Ids(self._encodings[index], self._limit, self._after)
         ids = np.array(self._encodings[index].ids, dtype=np.int32)
-        return cut(ids, self._limit, self._after)
-
-
-def cut(ids: np.ndarray, limit: int, after: int) -> np.ndarray:
-    """The first tokens, then the special ones that end every text."""
-    if len(ids) <= limit:
-        return ids
-    return np.concatenate([ids[: limit - after], ids[len(ids) - after :]])
+        return _cut(ids, self._limit, self._after)
 
 
 @dataclass(frozen=True)
@@ -172,7 +165,7 @@ class Tokenization:
             raise
         if not len(encoding):
             self.encode([text])  # says that there is nothing to embed
-        ids = cut(np.array(encoding.ids, dtype=np.int32), limit, self._after)
+        ids = _cut(np.array(encoding.ids, dtype=np.int32), limit, self._after)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         starts, ends = offsets[self._before : len(offsets) - self._after].T
         # A character that a normaliser merged into its neighbour, or that no token claims, goes with the token before.
@@ -226,6 +219,13 @@ class Tokenization:
                 )
         self._tokenizer.no_truncation()
         return before, after
+
+
+def _cut(ids: np.ndarray, limit: int, after: int) -> np.ndarray:
+    """The first tokens, then the special ones that end every text."""
+    if len(ids) <= limit:
+        return ids
+    return np.concatenate([ids[: limit - after], ids[len(ids) - after :]])
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

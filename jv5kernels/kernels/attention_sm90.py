@@ -109,12 +109,12 @@ def columns_of(b, part: gl.constexpr):
 
 @gluon.jit
 def consume(
-    C: gl.constexpr, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
+    C: gl.constexpr, out_desc, o_smem, scale, memory, notes, q_bars, k_bars, v_bars,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
     SUM_BY_MMA: gl.constexpr,
 ):  # fmt: skip
     """Computes 64 rows of every row tile of this program."""
-    q_smem, k_smem, v_smem, o_smem = memory
+    q_smem, k_smem, v_smem = memory
     tiles, again = notes
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -246,17 +246,17 @@ def attention_sm90_kernel(
     v_bars = ring(STAGES, CONSUMERS)
     block_barrier()
     wait_for_the_kernel_before()
-    memory = (q_smem, k_smem, v_smem, o_smem)
+    memory = (q_smem, k_smem, v_smem)
     notes = (tiles, again)
     descriptors = (q_desc, k_desc, v_desc)
     # These tuples stand inline: through a variable their constexprs would become tensors.
     gl.warp_specialize(
         [
-            (consume, (0, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
+            (consume, (0, out_desc, o_smem, scale, memory, notes, q_bars, k_bars, v_bars,
                        D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
-            (consume, (1, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
+            (consume, (1, out_desc, o_smem, scale, memory, notes, q_bars, k_bars, v_bars,
                        D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
-            (consume, (2, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
+            (consume, (2, out_desc, o_smem, scale, memory, notes, q_bars, k_bars, v_bars,
                        D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
             (produce, (descriptors, cu_seqlens, counter, memory, notes, q_bars, k_bars, v_bars,
                        slots, B, section, total, D, BN, STAGES, GROUP, IS_CAUSAL)),

@@ -79,7 +79,7 @@ def produce(
 ):  # fmt: skip
     """Feeds the consumers row tile by row tile, and ends with one whose end row is negative."""
     q_desc, k_desc, v_desc = descriptors
-    q_smem, k_smem, v_smem, o_smem = memory
+    q_smem, k_smem, v_smem = memory
     tiles, again = notes
     BM: gl.constexpr = ROWS * CONSUMERS
     tile = gl.program_id(0)

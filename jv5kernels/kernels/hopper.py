@@ -66,7 +66,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def ragged_descriptor(x: torch.Tensor, rows: int, columns: int = 0) -> TensorDescriptor:
+def ragged_descriptor(x: torch.Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
     """A descriptor of tiles [rows, columns] of x (T, H, D), or [rows, D], that end where a sequence does.
 
     What lies behind it is read as zeros and not written.

@@ -143,7 +143,7 @@ def launch_rms_norm(
     T, C = out.shape
     if T == 0:
         return
-    # The widest dtype: stores of more than 16 bytes a lane would pass through shared memory.
+    # The widest dtype: stores of more than 16 bytes a lane would pass through shared memory. float24 has 2-byte words.
     rows = [t for t in (x, residual, also, out, total) if t is not None]
     CHUNKS, BT, BC = tile(C, max(max(t.element_size(), 2) for t in rows))
     rms_norm_kernel[(triton.cdiv(T, BT),)](

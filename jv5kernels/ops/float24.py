@@ -17,6 +17,11 @@ FLOAT24 = torch.uint8
 GRANULE = 16
 
 
+def columns_of(width: int, dtype: torch.dtype) -> int:
+    """Elements of a tensor's row that holds `width` values of a dtype: three bytes a value for FLOAT24."""
+    return 3 * width if dtype == FLOAT24 else width
+
+
 def to_float24(x: Tensor) -> Tensor:
     """Rounds float32 values to the nearest float24, halves away from zero; Inf and NaN stay what they are.
 

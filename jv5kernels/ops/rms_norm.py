@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jv5kernels.ops.checks import FLOAT_DTYPES, REFERENCE_DTYPES, check_tensor
-from jv5kernels.ops.float24 import FLOAT24, GRANULE, from_float24, to_float24
+from jv5kernels.ops.float24 import FLOAT24, GRANULE, columns_of, from_float24, to_float24
 from jv5kernels.ops.registry import Implementation, Operator, Reason, triton_unavailable
 
 
@@ -30,11 +30,11 @@ def rms_norm(
     """Returns the RMSNorm of every row of x, or of x + added: a sum that is not wanted itself is not written.
 
     Args:
-        x: (T, C), float32, float16 or bfloat16 (float64 with impl="torch"), or float24; rows may be strided.
+        x: (T, C), float32, float16 or bfloat16 (float64 with impl="torch"); or (T, 3·C), float24. Rows may be strided.
         weight: (C,), any of these dtypes but float24.
         eps: added to the mean square.
-        added: (T, C), likewise; the sum is taken in fp32.
-        dtype: of the result, likewise; that of x by default, and float32 for float24.
+        added: (T, C), any of these dtypes but float24; the sum is taken in fp32.
+        dtype: of the result, any of these but float24; that of x by default, and float32 for float24.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -73,11 +73,11 @@ def add_rms_norm(
 
     Args:
         x: (T, C), float32, float16 or bfloat16 (float64 with impl="torch"); rows may be strided.
-        residual: (T, C), dtype of x, float32 or float24.
+        residual: (T, C), dtype of x or float32; or (T, 3·C), float24.
         weight: (C,), any of these dtypes.
         eps: added to the mean square.
         also: (T, C), dtype of x or float32.
-        total_dtype: of the sum, as for residual; that of residual by default.
+        total_dtype: of the sum: dtype of x, float32 or `FLOAT24`; that of residual by default.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -97,7 +97,7 @@ def add_rms_norm(
     check_tensor("weight", weight, shape=(width,), dtypes=REFERENCE_DTYPES, device=x.device)
     dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
     _width_of_stream("residual", residual, dtypes)
-    columns = 3 * width if residual.dtype == FLOAT24 else width
+    columns = columns_of(width, residual.dtype)
     check_tensor("residual", residual, shape=(rows, columns), device=x.device)
     _check_addend("also", also, (rows, width), x.device)
     _check_dtype("total_dtype", total_dtype, (*dtypes, FLOAT24))
@@ -188,7 +188,7 @@ def _rms_norm_triton(
 ) -> Tensor:
     from jv5kernels.kernels.rms_norm import launch_rms_norm
 
-    out = _empty_norm(x, added, weight, eps, dtype, "")
+    out = _empty_norm(x, weight, dtype)
     launch_rms_norm(x, added, None, weight, eps, out, None)
     return out
 
@@ -203,41 +203,28 @@ def _add_rms_norm_triton(
 ) -> tuple[Tensor, Tensor]:
     from jv5kernels.kernels.rms_norm import launch_rms_norm
 
-    out, total = _empty_norm_and_total(x, residual, also, weight, eps, total_dtype, "")
+    out, total = _empty_norm_and_total(x, residual, total_dtype)
     launch_rms_norm(x, residual, also, weight, eps, out, total)
     return out, total
 
 
-def _empty_norm(
-    x: Tensor,
-    added: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    dtype: torch.dtype | None,
-    impl: str,
-) -> Tensor:
+def _empty_norm(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype or _default_dtype(x))
 
 
 def _empty_norm_and_total(
-    x: Tensor,
-    residual: Tensor,
-    also: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    total_dtype: torch.dtype | None,
-    impl: str,
+    x: Tensor, residual: Tensor, total_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     wanted = total_dtype or residual.dtype
-    total = x.new_empty((rows, 3 * width if wanted == FLOAT24 else width), dtype=wanted)
+    total = x.new_empty((rows, columns_of(width, wanted)), dtype=wanted)
     return x.new_empty((rows, width)), total
 
 
 def _triton_unsupported(*inputs: object) -> Reason:
     for tensor in inputs:
         if isinstance(tensor, Tensor) and tensor.dtype not in (*FLOAT_DTYPES, FLOAT24):
-            return f"the kernel takes float32, float16 and bfloat16, not {tensor.dtype}"
+            return f"the kernel takes float32, float16, bfloat16 and float24, not {tensor.dtype}"
     return None
 
 
@@ -259,7 +246,7 @@ _rms_norm = Operator(
         "torch": Implementation(_rms_norm_torch),
     },
     auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
-    fake=_empty_norm,
+    fake=lambda x, added, weight, eps, dtype, impl: _empty_norm(x, weight, dtype),
 )
 
 _add_rms_norm = Operator(
@@ -273,5 +260,7 @@ _add_rms_norm = Operator(
         "torch": Implementation(_add_rms_norm_torch),
     },
     auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
-    fake=_empty_norm_and_total,
+    fake=lambda x, residual, also, weight, eps, total_dtype, impl: _empty_norm_and_total(
+        x, residual, total_dtype
+    ),
 )
