@@ -37,7 +37,7 @@ def sm90_case(head_dim: int, causal: bool) -> Case:
             "q_desc": [64, head_dim],
             "k_desc": keys,
             "v_desc": keys,
-            "out_desc": [1, 1, 64, 64],
+            "out_desc": [1, 1, 64, head_dim],
         },
         inspected=True,
     )

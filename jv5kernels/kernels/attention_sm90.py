@@ -72,14 +72,13 @@ from jv5kernels.kernels.hopper import (
     ring,
     row_descriptor,
     store_tile,
+    view_memory,
     wait_for_the_kernel_before,
 )
 
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(160), gl.constexpr(32)
 HEADROOM = gl.constexpr(40.0)
 LIMIT = gl.constexpr(2.0**40)  # of a row's sum under the static offset
-# Columns of the output that leave at a time.
-OUT_COLUMNS = gl.constexpr(64)
 
 
 @dataclass(frozen=True)
@@ -94,22 +93,22 @@ class Config:
 # head_dim -> configuration. Timed on an H200 and an H100 against cuDNN; bench/log_attention.md has what lost.
 CONFIGS = {
     64: Config(BN=128, STAGES=4, SUM_BY_MMA=True),
-    128: Config(BN=64, STAGES=3, SUM_BY_MMA=False),
+    128: Config(BN=64, STAGES=4, SUM_BY_MMA=False),
 }
 
 
 @gluon.jit
-def columns_of(b, part: gl.constexpr):
-    """[ROWS, D] -> OUT_COLUMNS of its columns, without a move."""
-    D: gl.constexpr = b.shape[1]
-    if D > OUT_COLUMNS:
-        b = gl.split(gl.permute(gl.reshape(b, [ROWS, 2, D // 2]), [0, 2, 1]))[part]
-    return b
+def release(q_bars, slot):
+    """Gives a slot back whose results have left; -1 stands for none."""
+    if slot >= 0:
+        tma.store_wait(0)
+        block_barrier()
+        mbarrier.arrive(q_bars[1].index(slot))
 
 
 @gluon.jit
 def consume(
-    C: gl.constexpr, out_desc, o_smem, scale, memory, notes, q_bars, k_bars, v_bars,
+    C: gl.constexpr, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
     SUM_BY_MMA: gl.constexpr,
 ):  # fmt: skip
@@ -125,6 +124,7 @@ def consume(
     slot_phase = 0
     stage = 0
     phase = 0
+    leaving = -1  # the slot from which results are on their way out
     mbarrier.wait(q_bars[0].index(slot), slot_phase)
     tile_end = get(tiles, END_ROW, 4)
     while tile_end >= 0:
@@ -157,6 +157,7 @@ def consume(
                 b_s = gl.where((o_n < length)[None, :], b_s, float("-inf"))
             b_offset = gl.max(b_s, 1) * scale + gl.where(online != 0, 0.0, HEADROOM)
             b_p = weights(exponentials(b_s, scale, b_offset), D, dtype)
+            release(q_bars, leaving)
             b_out = gl.zeros([ROWS, D], gl.float32, o_layout)
             if SUM_BY_MMA:
                 b_sum = gl.zeros([ROWS, 8], gl.float32, l_layout)
@@ -184,25 +185,22 @@ def consume(
                 is_fine = (b_total <= LIMIT) | (first_row + gl.arange(0, ROWS, o_rows) >= length)
                 wants_online = 1 - gl.min(is_fine.to(gl.int32), 0)
             put(again, slot * CONSUMERS + C, wants_online, 4)
-            mbarrier.arrive(q_bars[1].index(slot))
             if wants_online == 0:
-                b_out = b_out * (1.0 / b_total)[:, None]
-                for part in gl.static_range(D // OUT_COLUMNS):
-                    where = [
-                        RAGGED_END,
-                        begin + length,
-                        RAGGED_END - length + first_row,
-                        i_h * D + part * OUT_COLUMNS,
-                    ]
-                    b_o = columns_of(b_out, part).to(dtype)
-                    # The one before has left the shared memory.
-                    tma.store_wait(0)
-                    block_barrier()
-                    o_smem.index(C).reshape([ROWS, OUT_COLUMNS]).store(b_o)
-                    fence_async_shared()
-                    block_barrier()
-                    store_tile(out_desc, where, o_smem.index(C))
+                # Results take the place of the queries, which are read no more.
+                b_o = (b_out * (1.0 / b_total)[:, None]).to(dtype)
+                b_q.store(b_o)
+                fence_async_shared()
+                block_barrier()
+                row = RAGGED_END - length + first_row
+                where = [RAGGED_END, begin + length, row, i_h * D]
+                store_tile(out_desc, where, view_memory(b_q, dtype, [1, 1, ROWS, D], out_desc.layout))
+                leaving = slot
+            else:
+                mbarrier.arrive(q_bars[1].index(slot))
+                leaving = -1
         else:
+            release(q_bars, leaving)
+            leaving = -1
             put(again, slot * CONSUMERS + C, 0, 4)
             mbarrier.arrive(q_bars[1].index(slot))
         slot, slot_phase = advance(slot, slot_phase, Q_SLOTS)
@@ -216,7 +214,7 @@ def attention_sm90_kernel(
     q_desc,  # [T, HQ * D], block [64, D]
     k_desc,  # ragged descriptor of [T, HQ // GROUP * D], block [1, 1, BN, D]
     v_desc,  # likewise
-    out_desc,  # ragged descriptor of [T, HQ * D], block [1, 1, 64, OUT_COLUMNS]
+    out_desc,  # ragged descriptor of [T, HQ * D], block [1, 1, 64, D]
     cu_seqlens,  # [B + 1]
     counter,  # [1] int32, zero; unread when every tile has a program of its own
     scale,  # softmax_scale · log2(e)
@@ -235,7 +233,6 @@ def attention_sm90_kernel(
     q_smem = gl.allocate_shared_memory(dtype, [Q_SLOTS * CONSUMERS, ROWS, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], v_desc.layout)
-    o_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, ROWS, OUT_COLUMNS], out_desc.layout)
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tiles = gl.allocate_shared_memory(gl.int32, [Q_SLOTS * FIELDS, 1], word)
     again = gl.allocate_shared_memory(gl.int32, [Q_SLOTS * CONSUMERS, 1], word)
@@ -252,11 +249,11 @@ def attention_sm90_kernel(
     # These tuples stand inline: through a variable their constexprs would become tensors.
     gl.warp_specialize(
         [
-            (consume, (0, out_desc, o_smem, scale, memory, notes, q_bars, k_bars, v_bars,
+            (consume, (0, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
                        D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
-            (consume, (1, out_desc, o_smem, scale, memory, notes, q_bars, k_bars, v_bars,
+            (consume, (1, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
                        D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
-            (consume, (2, out_desc, o_smem, scale, memory, notes, q_bars, k_bars, v_bars,
+            (consume, (2, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
                        D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
             (produce, (descriptors, cu_seqlens, counter, memory, notes, q_bars, k_bars, v_bars,
                        slots, B, section, total, D, BN, STAGES, GROUP, IS_CAUSAL)),
@@ -291,7 +288,7 @@ def launch_attention_sm90(
         row_descriptor(q, ROWS.value),
         ragged_descriptor(k, config.BN),
         ragged_descriptor(v, config.BN),
-        ragged_descriptor(out, ROWS.value, OUT_COLUMNS.value),
+        ragged_descriptor(out, ROWS.value),
         cu_seqlens,
         counter,
         softmax_scale * LOG2_E,

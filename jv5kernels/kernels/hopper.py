@@ -14,6 +14,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 # Names that Gluon changed after Triton 3.6.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+memory_type = gl.shared_memory_descriptor
+view_memory = getattr(memory_type, "reinterpret", None) or memory_type._reinterpret
 block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 # Where the row dimension of a ragged descriptor ends: at the end of the sequence.
