@@ -26,6 +26,7 @@ would make ptxas serialise them all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from triton.experimental import gluon
@@ -75,7 +76,9 @@ from jv5kernels.kernels.hopper import (
     view_memory,
     wait_for_the_kernel_before,
 )
+from jv5kernels.kernels.launch import launch
 
+OPTIONS = (("num_warps", 4), ("launch_pdl", True))
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(160), gl.constexpr(32)
 HEADROOM = gl.constexpr(40.0)
 LIMIT = gl.constexpr(2.0**40)  # of a row's sum under the static offset
@@ -216,7 +219,7 @@ def attention_sm90_kernel(
     v_desc,  # likewise
     out_desc,  # ragged descriptor of [T, HQ * D], block [1, 1, 64, D]
     cu_seqlens,  # [B + 1]
-    counter,  # [1] int32, zero; unread when every tile has a program of its own
+    counter,  # [1] int32, zero before and after
     scale,  # softmax_scale · log2(e)
     slots,
     B,
@@ -263,6 +266,21 @@ def attention_sm90_kernel(
     )  # fmt: skip
 
 
+@lru_cache
+def _counter_of_stream(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def counter_of(device: torch.device) -> torch.Tensor:
+    """A zero that no other call uses at the same time: calls on a stream follow each other and leave it zero.
+
+    A graph, which may be replayed on any stream, gets one of its own.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    return _counter_of_stream(device, torch.cuda.current_stream(device).cuda_stream)
+
+
 def launch_attention_sm90(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -282,26 +300,19 @@ def launch_attention_sm90(
     config = CONFIGS[D]
     slots = T // (ROWS.value * CONSUMERS.value) + B
     programs = min(multiprocessors(q.device), slots * HQ)
-    # Nothing is left to take where every tile has a program.
-    counter = cu_seqlens if programs == slots * HQ else cu_seqlens.new_zeros(1)
-    attention_sm90_kernel[(programs,)](
-        row_descriptor(q, ROWS.value),
-        ragged_descriptor(k, config.BN),
-        ragged_descriptor(v, config.BN),
-        ragged_descriptor(out, ROWS.value),
-        cu_seqlens,
-        counter,
-        softmax_scale * LOG2_E,
-        slots,
-        B,
-        heads_together(HQ, HKV, max_seqlen, 2 * D * k.element_size()),
-        slots * HQ,
-        GROUP=HQ // HKV,
-        D=D,
-        BN=config.BN,
-        STAGES=config.STAGES,
-        IS_CAUSAL=causal,
-        SUM_BY_MMA=config.SUM_BY_MMA,
-        num_warps=4,
-        launch_pdl=True,
+    section = heads_together(HQ, HKV, max_seqlen, 2 * D * k.element_size())
+    launch(
+        attention_sm90_kernel,
+        q.device,
+        programs,
+        (cu_seqlens, counter_of(q.device)),
+        (softmax_scale * LOG2_E, slots, B, section, slots * HQ),
+        (HQ // HKV, D, config.BN, config.STAGES, causal, config.SUM_BY_MMA),
+        OPTIONS,
+        (
+            row_descriptor(q, ROWS.value),
+            ragged_descriptor(k, config.BN),
+            ragged_descriptor(v, config.BN),
+            ragged_descriptor(out, ROWS.value),
+        ),
     )

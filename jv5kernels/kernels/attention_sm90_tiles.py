@@ -55,10 +55,16 @@ def find_sequence(cu_seqlens, slot, B, BM: gl.constexpr):
 
 @gluon.jit
 def claim(counter, total):
-    """The next tile that no program has; `total` when each program had the only one it gets."""
+    """The next tile that no program has; `total` when each program had the only one it gets.
+
+    For every tile that it was given a program asks once more, so the last of `total` questions leaves zero behind.
+    """
     tile = total
     if total > gl.num_programs(0):
-        tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        count = gl.atomic_add(counter, 1, sem="relaxed")
+        if count == total - 1:
+            gl.store(counter, 0)
+        tile = gl.num_programs(0) + count
     return tile
 
 

@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from jv5kernels.kernels.launch import launch
+from jv5kernels.kernels.launch import can_chain, launch, wait_for_the_kernel_before
 from jv5kernels.kernels.pool import NUM_WARPS, find_chunk, reading, sum_of_tokens
 from jv5kernels.kernels.quantize import (
     BITS,
@@ -129,7 +129,10 @@ def token_kernel(
     STEP: tl.constexpr,
     IS_LAST: tl.constexpr,
     OUT: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):
+    if IS_CHAINED:
+        wait_for_the_kernel_before()
     i_row = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, OUT.BC)  # [BC]
     start = tl.load(bounds + i_row * STEP).to(tl.int64)
@@ -220,7 +223,10 @@ def mean_kernel(
     stride_rr,
     READ: tl.constexpr,
     OUT: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):
+    if IS_CHAINED:
+        wait_for_the_kernel_before()
     C: tl.constexpr = READ.C
     i_program = tl.program_id(0)
     if cu_seqlens is not None:
@@ -323,9 +329,10 @@ def launch_tokens(
     B = target.out.shape[0]
     if B == 0:
         return
-    width = hidden.shape[1]
+    width, is_chained = hidden.shape[1], can_chain(hidden.device)
     launch(
         token_kernel,
+        hidden.device,
         B,
         (hidden, bounds, weight, target.ranges, target.out, target.flags),
         (eps,),
@@ -336,8 +343,9 @@ def launch_tokens(
             bounds.ndim,
             is_last,
             target.constants(width),
+            is_chained,
         ),
-        TOKEN_OPTIONS,
+        (*TOKEN_OPTIONS, ("launch_pdl", is_chained)),
     )
 
 
@@ -360,11 +368,13 @@ def launch_means(
     B, width = target.out.shape[0], hidden.shape[1]
     if B == 0:
         return
+    is_chained = can_chain(hidden.device)
     launch(
         mean_kernel,
+        hidden.device,
         partials.shape[0],
         (hidden, cu_seqlens, table, partials, weight, target.ranges, target.out, target.flags),
         (B, next(CALLS) << 16, eps),
-        (hidden.stride(0), target.range_stride, reading(width), target.constants(width)),
-        MEAN_OPTIONS,
+        (hidden.stride(0), target.range_stride, reading(width), target.constants(width), is_chained),
+        (*MEAN_OPTIONS, ("launch_pdl", is_chained)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -68,8 +69,34 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def ragged_descriptor(x: torch.Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
-    """A descriptor of tiles [rows, columns] of x (T, H, D), or [rows, D], that end where a sequence does.
+class Memory(NamedTuple):
+    """What a descriptor wants to know of a tensor, which would live on with it."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@lru_cache(maxsize=4096)
+def memory_descriptor(
+    memory: Memory, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> TensorDescriptor:
+    """A descriptor whose blocks lie in shared memory as wgmma reads them; made once for weights and reused buffers."""
+    layout = gl.NVMMASharedLayout(128, 8 * memory.dtype.itemsize, rank=len(block))
+    descriptor = TensorDescriptor(memory, list(shape), list(strides), list(block), layout)
+    descriptor.kind = (memory.dtype, block)
+    return descriptor
+
+
+def block_descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
+    """A descriptor of the blocks of a matrix, or of matrices."""
+    return memory_descriptor(Memory(x.data_ptr(), x.dtype), tuple(x.shape), x.stride(), block)
+
+
+def ragged_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor of tiles [rows, D] of x (T, H, D) that end where a sequence does.
 
     What lies behind it is read as zeros and not written.
 
@@ -78,15 +105,12 @@ def ragged_descriptor(x: torch.Tensor, rows: int, columns: int | None = None) ->
     """
     _, H, D = x.shape
     stride = x.stride(0)
-    shape = [0x7FFF0000, 0x7FFF0000, RAGGED_END.value, H * D]
-    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=4)
-    return TensorDescriptor(
-        x, shape, [2**34 - stride, stride, stride, 1], [1, 1, rows, columns or D], layout
-    )
+    shape = (0x7FFF0000, 0x7FFF0000, RAGGED_END.value, H * D)
+    strides = (2**34 - stride, stride, stride, 1)
+    return memory_descriptor(Memory(x.data_ptr(), x.dtype), shape, strides, (1, 1, rows, D))
 
 
 def row_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """A descriptor of tiles [rows, D] of x (T, H, D), whatever sequence the rows belong to."""
     T, H, D = x.shape
-    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=2)
-    return TensorDescriptor(x, [T, H * D], [x.stride(0), 1], [rows, D], layout)
+    return memory_descriptor(Memory(x.data_ptr(), x.dtype), (T, H * D), (x.stride(0), 1), (rows, D))

@@ -158,13 +158,13 @@ def linear_descriptor_kernel(
 
 def fits_descriptors(*tensors: torch.Tensor) -> bool:
     """Whether TMA can address these matrices: every row starts at a multiple of 16 bytes."""
-    return all(
-        t.data_ptr() % 16 == 0
-        and t.stride(0) * t.element_size() % 16 == 0
-        and 0 < t.shape[1] <= t.stride(0)
-        and t.stride(1) == 1
-        for t in tensors
-    )
+    for t in tensors:
+        stride, unit = t.stride()
+        if t.data_ptr() % 16 or stride * t.element_size() % 16:
+            return False
+        if unit != 1 or not 0 < t.shape[1] <= stride:
+            return False
+    return True
 
 
 def config_for(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Config:

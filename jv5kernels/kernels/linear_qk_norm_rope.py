@@ -18,11 +18,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from jv5kernels.kernels import linear_sm90
+from jv5kernels.kernels.launch import launch
 from jv5kernels.kernels.linear_sm90 import (
     BC,
     BN,
     CONSUMER_REGISTERS,
     CONSUMERS,
+    OPTIONS,
     PRODUCER_REGISTERS,
     ROWS,
     allocate,
@@ -187,19 +189,13 @@ def launch_linear_qk_norm_rope(
     N = weight.shape[0]
     if T == 0 or N == 0:
         return
-    linear_qk_norm_rope_kernel[(programs(T, N // BN.value, x.device),)](
-        *descriptors(x, weight, out),
-        positions,
-        cos_sin,
-        q_weight,
-        k_weight,
-        T,
-        cos_sin.shape[0],
-        eps,
-        HQ=num_heads,
-        HK=num_kv_heads,
-        D=head_dim,
-        K=K,
-        num_warps=4,
-        launch_pdl=True,
+    launch(
+        linear_qk_norm_rope_kernel,
+        x.device,
+        programs(T, N // BN.value, x.device),
+        (positions, cos_sin, q_weight, k_weight),
+        (T, cos_sin.shape[0], eps),
+        (num_heads, num_kv_heads, head_dim, K),
+        OPTIONS,
+        descriptors(x, weight, out),
     )

@@ -26,9 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from jv5kernels.kernels.hopper import (
+    Memory,
     advance,
     block_barrier,
+    block_descriptor,
     load_tile,
+    memory_descriptor,
     multiprocessors,
     ring,
     store_tile,
@@ -36,6 +39,7 @@ from jv5kernels.kernels.hopper import (
 )
 from jv5kernels.kernels.linear import device_class, fits_descriptors
 
+OPTIONS = (("num_warps", 4), ("launch_pdl", True))
 CONSUMERS = gl.constexpr(2)
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
 ROWS = gl.constexpr(64)  # of one consumer, the height of a wgmma
@@ -140,21 +144,22 @@ def finish():
     tma.store_wait(0)
 
 
-def descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
-    """Of a matrix, or of matrices, whose blocks lie in shared memory as wgmma reads them."""
-    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=x.ndim)
-    return TensorDescriptor.from_tensor(x, list(block), layout)
-
-
 def descriptors(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, parts: int = 1
 ) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
     """Of x (T, K), of the weight (parts · rows, K) and of the output, in the blocks that are loaded and stored."""
-    parted = weight.unflatten(0, (parts, -1))
+    rows, K = weight.shape
+    stride = weight.stride(0)
+    weight_desc = memory_descriptor(
+        Memory(weight.data_ptr(), weight.dtype),
+        (parts, rows // parts, K),
+        (rows // parts * stride, stride, 1),
+        (parts, BN.value // parts, BK.value),
+    )
     return (
-        descriptor(x, ROWS.value, BK.value),
-        descriptor(parted, parts, BN.value // parts, BK.value),
-        descriptor(out, ROWS.value, BC.value),
+        block_descriptor(x, ROWS.value, BK.value),
+        weight_desc,
+        block_descriptor(out, ROWS.value, BC.value),
     )
 
 

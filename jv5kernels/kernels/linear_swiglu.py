@@ -17,10 +17,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from jv5kernels.kernels import linear_sm90
+from jv5kernels.kernels.launch import launch
 from jv5kernels.kernels.linear_sm90 import (
     BC,
     CONSUMER_REGISTERS,
     CONSUMERS,
+    OPTIONS,
     PRODUCER_REGISTERS,
     ROWS,
     allocate,
@@ -97,6 +99,13 @@ def launch_linear_swiglu(x: torch.Tensor, weight: torch.Tensor, out: torch.Tenso
     if T == 0 or F == 0:
         return
     tiles_f = -(-F // BC.value)
-    linear_swiglu_kernel[(programs(T, tiles_f, x.device),)](
-        *descriptors(x, weight, out, parts=2), T, TILES_F=tiles_f, K=K, num_warps=4, launch_pdl=True
+    launch(
+        linear_swiglu_kernel,
+        x.device,
+        programs(T, tiles_f, x.device),
+        (),
+        (T,),
+        (tiles_f, K),
+        OPTIONS,
+        descriptors(x, weight, out, parts=2),
     )

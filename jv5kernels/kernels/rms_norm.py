@@ -14,11 +14,13 @@ weight stays in the caches.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
-from jv5kernels.kernels.launch import can_chain, wait_for_the_kernel_before
+from jv5kernels.kernels.launch import can_chain, launch, wait_for_the_kernel_before
 
 NUM_WARPS = 4
 # Bytes of a row that one warp loads at a time: 16 for each lane.
@@ -72,11 +74,11 @@ def rms_norm_kernel(
     weight,  # [C]
     out,  # [T, C]
     total,  # [T, C], or float24 [T, 3 * C], or None
+    T,
+    eps,
     stride_xt,
     stride_rt,
     stride_at,
-    T,
-    eps,
     C: tl.constexpr,
     CHUNKS: tl.constexpr,
     BT: tl.constexpr,
@@ -119,6 +121,7 @@ def rms_norm_kernel(
     store_chunks(out, b_out, o_t, o_c, m_t, C, CHUNKS, BC)
 
 
+@lru_cache
 def tile(width: int, element_size: int) -> tuple[int, int, int]:
     """Chunks of a row, rows of a program and columns of a chunk, for rows of `width` values."""
     columns = WARP_BYTES // element_size
@@ -146,23 +149,14 @@ def launch_rms_norm(
     # The widest dtype: stores of more than 16 bytes a lane would pass through shared memory. float24 has 2-byte words.
     rows = [t for t in (x, residual, also, out, total) if t is not None]
     CHUNKS, BT, BC = tile(C, max(max(t.element_size(), 2) for t in rows))
-    rms_norm_kernel[(triton.cdiv(T, BT),)](
-        x,
-        residual,
-        also,
-        weight,
-        out,
-        total,
-        x.stride(0),
-        residual.stride(0) if residual is not None else 0,
-        also.stride(0) if also is not None else 0,
-        T,
-        eps,
-        C=C,
-        CHUNKS=CHUNKS,
-        BT=BT,
-        BC=BC,
-        IS_CHAINED=can_chain(x.device),
-        launch_pdl=can_chain(x.device),
-        num_warps=NUM_WARPS,
+    is_chained = can_chain(x.device)
+    strides = [0 if t is None else t.stride(0) for t in (x, residual, also)]
+    launch(
+        rms_norm_kernel,
+        x.device,
+        -(-T // BT),
+        (x, residual, also, weight, out, total),
+        (T, eps),
+        (*strides, C, CHUNKS, BT, BC, is_chained),
+        (("num_warps", NUM_WARPS), ("launch_pdl", is_chained)),
     )
