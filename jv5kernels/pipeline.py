@@ -9,8 +9,8 @@ texts pass without a thread, and where the device has recordings for batches of 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -316,14 +316,21 @@ def _windows(texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def _ahead(
-    threads: Executor, function: Callable[[np.ndarray], Tokenized], items: Iterable[np.ndarray]
+    threads: Executor, function: Callable[[np.ndarray], Tokenized], items: Sequence[np.ndarray]
 ) -> Iterator[Tokenized]:
-    """The function's results in order, AHEAD of which are begun before they are asked for."""
-    begun: deque[Future[Tokenized]] = deque()
-    for item in items:
+    """The function's results in order, AHEAD of which are begun before they are asked for.
+
+    The first one has all cores to itself: the device waits for it.
+    """
+    if not items:
+        return
+    first, *others = items
+    found = function(first)
+    begun = deque(threads.submit(function, item) for item in others[:AHEAD])
+    yield found
+    for item in others[AHEAD:]:
         begun.append(threads.submit(function, item))
-        if len(begun) > AHEAD:
-            yield begun.popleft().result()
+        yield begun.popleft().result()
     while begun:
         yield begun.popleft().result()
 

@@ -147,7 +147,26 @@ def test_ids_are_made_by_the_thread_that_packs_them(monkeypatch):
     found, _ = run(texts, tokenization)
     assert found.tolist() == sums(texts)
     assert converting == {threading.current_thread().name}
-    assert converting.isdisjoint(tokenization.threads)
+    # It tokenises the first window as well, while nothing else does, and leaves the others to threads.
+    assert converting < tokenization.threads
+
+
+def test_the_first_window_has_all_cores_to_itself(monkeypatch):
+    monkeypatch.setattr(pipeline, "WINDOW_CHARACTERS", 100)
+    monkeypatch.setattr(pipeline, "INLINE_CHARACTERS", 0)
+    order: list[tuple[str, str]] = []
+
+    class Noted(Characters):
+        def encode(self, texts, **options):
+            order.append(("begins", threading.current_thread().name))
+            tokenized = super().encode(texts, **options)
+            order.append(("ends", threading.current_thread().name))
+            return tokenized
+
+    run([f"text number {i}" for i in range(100)], Noted())
+    here = threading.current_thread().name
+    assert order[:2] == [("begins", here), ("ends", here)]
+    assert here not in [name for _, name in order[2:]]
 
 
 def test_a_few_texts_need_no_thread():

@@ -196,7 +196,9 @@ def consume(
                 block_barrier()
                 row = RAGGED_END - length + first_row
                 where = [RAGGED_END, begin + length, row, i_h * D]
-                store_tile(out_desc, where, view_memory(b_q, dtype, [1, 1, ROWS, D], out_desc.layout))
+                store_tile(
+                    out_desc, where, view_memory(b_q, dtype, [1, 1, ROWS, D], out_desc.layout)
+                )
                 leaving = slot
             else:
                 mbarrier.arrive(q_bars[1].index(slot))

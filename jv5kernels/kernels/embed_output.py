@@ -375,6 +375,12 @@ def launch_means(
         partials.shape[0],
         (hidden, cu_seqlens, table, partials, weight, target.ranges, target.out, target.flags),
         (B, next(CALLS) << 16, eps),
-        (hidden.stride(0), target.range_stride, reading(width), target.constants(width), is_chained),
+        (
+            hidden.stride(0),
+            target.range_stride,
+            reading(width),
+            target.constants(width),
+            is_chained,
+        ),
         (*MEAN_OPTIONS, ("launch_pdl", is_chained)),
     )

@@ -1,8 +1,8 @@
 """Launches of kernels that Triton has compiled before, without its look at every argument.
 
 Triton finds the compiled kernel of a call by the type of each argument, by which numbers are 1 or multiples of 16,
-and by the constants: some 13 µs for the kernel of means, three times what the launch itself takes, and 60 µs for one with
-descriptors. Here the caller says which arguments can change what is compiled, and the rest of them is passed on.
+and by the constants: some 13 µs for the kernel of means, three times what the launch itself takes, and 60 µs for one
+with descriptors. Here the caller says which arguments can change what is compiled, and the rest is passed on.
 
 Kernels of a layer are chained: each is launched while the one before it still runs, and waits for its results at the
 place where it calls `wait_for_the_kernel_before` (programmatic dependent launch). What stands before that place may
@@ -46,7 +46,7 @@ def launch(
     options: tuple[tuple[str, Any], ...] = (),
     descriptors: tuple[Any, ...] = (),
 ) -> None:
-    """Launches `kernel` on the current stream; its parameters are descriptors, tensors, free and fixed ones, in this order.
+    """Launches `kernel` on the current stream; its parameters are descriptors, tensors, free and fixed ones in turn.
 
     Args:
         kernel: a function under triton.jit or gluon.jit, also under Triton's interpreter.
