@@ -125,6 +125,34 @@ def test_runs_repeat_bit_for_bit(shape, impl):
     assert all(torch.equal(run(tensors, lengths, shape, impl), first) for _ in range(20))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_calls_on_several_streams_and_in_graphs_at_once(shape):
+    """Each has a counter of row tiles of its own, which every call leaves at zero."""
+    lengths, tensors = BATCHES["log-normal"], draw(TOKENS, shape)
+    cu_seqlens = ragged(lengths, "cuda")
+
+    def call():
+        return attention_varlen(
+            *tensors, cu_seqlens, max(lengths), causal=SHAPES[shape][3], impl="gluon"
+        )
+
+    expected = call()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=streams[0]):
+        recorded = call()
+    found = []
+    for _ in range(10):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(call())
+        with torch.cuda.stream(streams[-1]):
+            graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in (*found, recorded))
+
+
 @pytest.mark.parametrize("impl", OURS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_kernel_for_all_lengths(shape, impl, monkeypatch):

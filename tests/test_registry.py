@@ -1,6 +1,7 @@
 """Operators called straight and through torch's dispatcher: what may see a call does see it."""
 
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -138,15 +139,16 @@ def cache(monkeypatch):
     return launches.COMPILED
 
 
+CPU = torch.device("cpu")
 OPTIONS = (("num_warps", 2),)
 
 
 def test_launch_finds_the_compiled_kernel(cache, x):
     kernel = Kernel(Compiled)
-    launches.launch(kernel, 5, (x, None), (1,), (16,), OPTIONS)
+    launches.launch(kernel, CPU, 5, (x, None), (1,), (16,), OPTIONS)
     assert kernel.launches == [((5,), (x, None, 1, 16), {"num_warps": 2})]
     other = x + 1
-    launches.launch(kernel, 6, (other, None), (2,), (16,), OPTIONS)
+    launches.launch(kernel, CPU, 6, (other, None), (2,), (16,), OPTIONS)
     assert len(kernel.launches) == 1
     (compiled,) = cache.values()
     assert compiled.launches == [((6, 1, 1), (other, None, 2, 16))]
@@ -162,16 +164,49 @@ def test_launch_asks_triton_for_what_it_specialises_on(cache, x):
         ((x, None), (16,), (("num_warps", 4),)),
     ]
     for tensors, fixed, options in cases:
-        launches.launch(kernel, 1, tensors, (1,), fixed, options)
+        launches.launch(kernel, CPU, 1, tensors, (1,), fixed, options)
     assert len(kernel.launches) == len(cache) == len(cases)
     misaligned = x.flatten()[1:]
     for _ in range(2):
-        launches.launch(kernel, 1, (misaligned, None), (1,), (16,), OPTIONS)
+        launches.launch(kernel, CPU, 1, (misaligned, None), (1,), (16,), OPTIONS)
     assert len(kernel.launches) == len(cases) + 2
 
 
 def test_launch_keeps_nothing_of_the_interpreter(cache, x):
     kernel = Kernel(None)
     for _ in range(2):
-        launches.launch(kernel, 1, (x,), (), (), OPTIONS)
+        launches.launch(kernel, CPU, 1, (x,), (), (), OPTIONS)
     assert len(kernel.launches) == 2 and not cache
+
+
+def test_descriptors_are_made_once_and_keep_no_tensor_alive():
+    from jv5kernels.kernels.hopper import block_descriptor
+
+    memory = torch.zeros(256, 64, dtype=torch.bfloat16)
+    first = block_descriptor(memory, 64, 64)
+    assert block_descriptor(memory, 64, 64) is first
+    assert (first.shape, first.strides, first.block_shape) == ([256, 64], [64, 1], [64, 64])
+    assert first.base.data_ptr() == memory.data_ptr() and first.base.dtype == memory.dtype
+    others = [block_descriptor(memory[64:], 64, 64), block_descriptor(memory[:100], 64, 64)]
+    assert all(other is not first and other.kind == first.kind for other in others)
+    assert block_descriptor(memory, 32, 64).kind != first.kind
+    assert block_descriptor(memory.half(), 64, 64).kind != first.kind
+    gone = weakref.ref(memory)
+    del memory
+    assert gone() is None
+
+
+def test_launch_tells_kinds_of_descriptors_apart(cache, x):
+    class Descriptor:
+        def __init__(self, kind):
+            self.kind = kind
+
+    kernel = Kernel(Compiled)
+    first, alike, other = (Descriptor(kind) for kind in (1, 1, 2))
+    for descriptor in (first, alike, other):
+        launches.launch(kernel, CPU, 3, (x,), (2,), (16,), OPTIONS, (descriptor,))
+    assert [arguments for _, arguments, _ in kernel.launches] == [
+        (first, x, 2, 16),
+        (other, x, 2, 16),
+    ]
+    assert next(iter(cache.values())).launches == [((3, 1, 1), (alike, x, 2, 16))]
