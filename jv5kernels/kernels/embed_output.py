@@ -12,6 +12,9 @@ has the sum of a chunk of tokens. The sums of a row are the leaves of a tree who
 the last of these to arrive adds them and goes on to the next node, and the last at the root does the rest.
 Which one that is changes no bit: sums go in an order that the row's length fixes.
 
+Launches are chained (see launch.py), but the kernel after is not let in before this one ends: its programs would take
+places here and lie unevenly on the multiprocessors.
+
 Arrivals are counted in words that need no initial value, so the memory may be any and no launch has to
 clear it: see `open_counter`. Traffic: hidden once, and 8·C/CHUNK bytes a token for the partial sums,
 which stay in the L2 cache.
@@ -28,8 +31,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from jv5kernels.kernels.launch import can_chain, launch, wait_for_the_kernel_before
+from jv5kernels.kernels.launch import can_chain, launch
 from jv5kernels.kernels.pool import NUM_WARPS, find_chunk, reading, sum_of_tokens
 from jv5kernels.kernels.quantize import (
     BITS,
@@ -132,7 +136,7 @@ def token_kernel(
     IS_CHAINED: tl.constexpr,
 ):
     if IS_CHAINED:
-        wait_for_the_kernel_before()
+        gdc_wait()
     i_row = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, OUT.BC)  # [BC]
     start = tl.load(bounds + i_row * STEP).to(tl.int64)
@@ -226,7 +230,7 @@ def mean_kernel(
     IS_CHAINED: tl.constexpr,
 ):
     if IS_CHAINED:
-        wait_for_the_kernel_before()
+        gdc_wait()
     C: tl.constexpr = READ.C
     i_program = tl.program_id(0)
     if cu_seqlens is not None:
