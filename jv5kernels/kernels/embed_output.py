@@ -12,9 +12,6 @@ has the sum of a chunk of tokens. The sums of a row are the leaves of a tree who
 the last of these to arrive adds them and goes on to the next node, and the last at the root does the rest.
 Which one that is changes no bit: sums go in an order that the row's length fixes.
 
-Launches are chained (see launch.py), but the kernel after is not let in before this one ends: its programs would take
-places here and lie unevenly on the multiprocessors.
-
 Arrivals are counted in words that need no initial value, so the memory may be any and no launch has to
 clear it: see `open_counter`. Traffic: hidden once, and 8·C/CHUNK bytes a token for the partial sums,
 which stay in the L2 cache.
@@ -31,9 +28,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
-from jv5kernels.kernels.launch import can_chain, launch
+from jv5kernels.kernels.launch import launch
 from jv5kernels.kernels.pool import NUM_WARPS, find_chunk, reading, sum_of_tokens
 from jv5kernels.kernels.quantize import (
     BITS,
@@ -133,10 +129,7 @@ def token_kernel(
     STEP: tl.constexpr,
     IS_LAST: tl.constexpr,
     OUT: tl.constexpr,
-    IS_CHAINED: tl.constexpr,
 ):
-    if IS_CHAINED:
-        gdc_wait()
     i_row = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, OUT.BC)  # [BC]
     start = tl.load(bounds + i_row * STEP).to(tl.int64)
@@ -227,10 +220,7 @@ def mean_kernel(
     stride_rr,
     READ: tl.constexpr,
     OUT: tl.constexpr,
-    IS_CHAINED: tl.constexpr,
 ):
-    if IS_CHAINED:
-        gdc_wait()
     C: tl.constexpr = READ.C
     i_program = tl.program_id(0)
     if cu_seqlens is not None:
@@ -333,7 +323,7 @@ def launch_tokens(
     B = target.out.shape[0]
     if B == 0:
         return
-    width, is_chained = hidden.shape[1], can_chain(hidden.device)
+    width = hidden.shape[1]
     launch(
         token_kernel,
         hidden.device,
@@ -347,9 +337,8 @@ def launch_tokens(
             bounds.ndim,
             is_last,
             target.constants(width),
-            is_chained,
         ),
-        (*TOKEN_OPTIONS, ("launch_pdl", is_chained)),
+        TOKEN_OPTIONS,
     )
 
 
@@ -372,19 +361,12 @@ def launch_means(
     B, width = target.out.shape[0], hidden.shape[1]
     if B == 0:
         return
-    is_chained = can_chain(hidden.device)
     launch(
         mean_kernel,
         hidden.device,
         partials.shape[0],
         (hidden, cu_seqlens, table, partials, weight, target.ranges, target.out, target.flags),
         (B, next(CALLS) << 16, eps),
-        (
-            hidden.stride(0),
-            target.range_stride,
-            reading(width),
-            target.constants(width),
-            is_chained,
-        ),
-        (*MEAN_OPTIONS, ("launch_pdl", is_chained)),
+        (hidden.stride(0), target.range_stride, reading(width), target.constants(width)),
+        MEAN_OPTIONS,
     )
