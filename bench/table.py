@@ -125,6 +125,16 @@ def latency_table() -> str:
     )
 
 
+def busy_table() -> str:
+    """In how much of a corpus run the GPU works, by the kernels' own time stamps."""
+    found = [r for r in records("corpus") if "gpu_busy_share" in r]
+    rows = ["| work | the GPU works | before its first kernel |", "|---|---|---|"]
+    for r in found:
+        lead = f"{1e3 * r['gpu_idle_first_s']:.0f} ms"
+        rows.append(f"| {r['work']} | {100 * r['gpu_busy_share']:.1f} % of the time | {lead} |")
+    return "\n".join(rows) + source(found)
+
+
 def profiles_table() -> str:
     """What every storage profile gives: dtype and order of bits, by precision."""
     from jv5kernels.storage import PROFILES
@@ -189,6 +199,7 @@ TABLES = {
     "speed": speed_table,
     "attention": attention_table,
     "latency": latency_table,
+    "busy": busy_table,
     "parity": parity_table,
     "memory": memory_table,
     "invariance": invariance_table,

@@ -4,8 +4,8 @@
 
 A program has CONSUMERS warpgroups, each with 64 query rows of one head, and one warp that feeds them by TMA: a ring of
 STAGES tiles of BN keys and values, which all consumers share, and two slots for queries, so that the next row tile
-comes in while this one is computed; results leave by TMA while the next row tile begins. The order of the products is
-that of FlashAttention-3 (arXiv 2407.08608).
+comes in while this one is computed. Results take the place of their queries and leave by TMA while the next row tile
+begins; then the slot is free. The order of the products is that of FlashAttention-3 (arXiv 2407.08608).
 
 Softmax with a static offset. The first key tile of a row (that of its diagonal, or the last one) fixes the offset
 
