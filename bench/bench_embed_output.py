@@ -127,7 +127,8 @@ def empty_kernel() -> Callable[[], Any]:
 
 def span_kernel(problem: Problem, spans: torch.Tensor) -> Callable[[], torch.Tensor]:
     """The kernel of span means, with the table that the host makes of the spans made once."""
-    from jv5kernels.kernels.embed_output import Target, launch_means, partial_sums
+    from jv5kernels.kernels.embed_output import Target, launch_means
+    from jv5kernels.kernels.tree import partial_sums
     from jv5kernels.ops.pool import span_table
 
     rows, device = len(spans), problem.hidden.device

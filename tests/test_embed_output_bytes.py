@@ -118,7 +118,7 @@ def test_long_sequences_among_short_ones(impl, place, poisoned_memory):
 @pytest.mark.parametrize("repeats_number", [False, True])
 def test_counters_need_no_initial_value(repeats_number, place, monkeypatch):
     """Working memory of any content, that of an earlier call too; a graph repeats the number of its call."""
-    from jv5kernels.kernels import embed_output as kernels
+    from jv5kernels.kernels import tree as kernels
 
     # 66 chunks, the leaves of a tree of three levels.
     lengths = [4200, 300, 3]

@@ -8,19 +8,14 @@
     flag  = 1 unless the floats of out and ‖row‖ are finite
 
 `token_kernel` is the whole of last-token and cls pooling, `mean_kernel` of means. A program of the latter
-has the sum of a chunk of tokens. The sums of a row are the leaves of a tree whose nodes have eight children;
-the last of these to arrive adds them and goes on to the next node, and the last at the root does the rest.
-Which one that is changes no bit: sums go in an order that the row's length fixes.
+has the sum of a chunk of tokens. The sums of a row are the leaves of a tree (tree.py), and the program that
+reaches its root does the rest.
 
-Arrivals are counted in words that need no initial value, so the memory may be any and no launch has to
-clear it: see `open_counter`. Traffic: hidden once, and 8·C/CHUNK bytes a token for the partial sums,
-which stay in the L2 cache.
+Traffic: hidden once, and 8·C/CHUNK bytes a token for the partial sums, which stay in the L2 cache.
 """
 
 from __future__ import annotations
 
-import itertools
-import secrets
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -42,16 +37,11 @@ from jv5kernels.kernels.quantize import (
     range_steps,
     store_bytes,
 )
+from jv5kernels.kernels.tree import climb, load_counter, next_call
 
 # Contracted, a product and the minimum that is subtracted from it would round once.
 TOKEN_OPTIONS = (("num_warps", 4), ("enable_fp_fusion", False))
 MEAN_OPTIONS = (("num_warps", NUM_WARPS), ("enable_fp_fusion", False))
-# Children of a node: sums that are loaded before the first two are added.
-FAN = tl.constexpr(8)
-# A call's number is written into its counters, above 16 bits of count. It starts at random so that memory which
-# other programs left behind holds it with a chance of 2⁻⁴⁵.
-COUNT_BITS = tl.constexpr(16)
-CALLS = itertools.count((1 << 45) + secrets.randbits(45))
 
 
 class Output(NamedTuple):
@@ -146,75 +136,18 @@ def token_kernel(
     store_embedding(b, i_row, ranges, out, flags, stride_rr, OUT)
 
 
-@triton.jit
-def row_stride(C: tl.constexpr):
-    """Floats from one row of partial sums to the next: 16 bytes for a counter are behind each."""
-    return (C + 3) // 4 * 4 + 4
-
-
-@triton.jit
-def counter_of(partials, i_program, C: tl.constexpr):
-    """The counter behind a program's row of partial sums."""
-    p = partials + (i_program.to(tl.int64) + 1) * row_stride(C) - 4
-    return p.to(tl.pointer_type(tl.int64))
-
-
-@triton.jit
-def open_counter(p, found, call):
-    """Sets a counter to this call's number and no arrivals, unless another of its programs has done so.
-
-    `found` was loaded from it before. Where the exchange finds another word by now, only a program of the
-    same call can have written it, and its first one was this exchange.
-    """
-    # No branch: the threads of a program may have found different words. The first one's exchange counts.
-    is_open = found >> COUNT_BITS == call >> COUNT_BITS
-    tl.atomic_cas(p, found, tl.where(is_open, found, call), sem="relaxed")
-
-
-@triton.jit
-def arrives_last(p, count, call):
-    """Whether this program is the last of `count` to arrive, and so sees what all of them stored."""
-    # The stores of all threads come before the one that reports them.
-    tl.debug_barrier()
-    is_last = tl.atomic_add(p, 1, sem="acq_rel") == call + (count - 1)
-    if is_last:
-        # A graph repeats its calls with the numbers that they had.
-        tl.store(p, tl.zeros([], dtype=tl.int64))
-    return is_last
-
-
-@triton.jit
-def family_of(i_node, nodes, width):
-    """The first chunk below the parent of a node that spans `width` chunks, and how many children it has."""
-    i_oldest = i_node // FAN * FAN
-    return i_oldest * width, tl.minimum(nodes - i_oldest, FAN)
-
-
-@triton.jit
-def sum_rows(p, count, stride, o_c, C: tl.constexpr):
-    """The sum [BC] of at most FAN rows, past the L1 cache."""
-    b = ()
-    for k in tl.static_range(FAN):
-        m = o_c < tl.where(k < count, C, 0)
-        b += (tl.load(p + k * stride + o_c, mask=m, other=0.0, cache_modifier=".cg"),)
-    b_sum = b[0] + b[1]
-    for k in tl.static_range(2, FAN, 2):
-        b_sum += b[k] + b[k + 1]
-    return b_sum
-
-
 @triton.jit(do_not_specialize=["B", "call"])
 def mean_kernel(
     hidden,  # [T, C]
     cu_seqlens,  # [B + 1], or None
     table,  # [programs, 4] row, its chunk, its first token and its length, or None
-    partials,  # [programs, row_stride] fp32
+    partials,  # [programs, row_stride] fp32, see tree.py
     weight,  # [C] or None
     ranges,  # [2, DIM] fp32 or None
     out,  # [B, WIDTH]
     flags,  # [B] uint8
     B,
-    call,  # number of this call << COUNT_BITS
+    call,  # of next_call
     eps,
     stride_ht,
     stride_rr,
@@ -235,10 +168,8 @@ def mean_kernel(
     if i_chunk >= tl.maximum(chunks, 1):
         return
     i_first = i_program - i_chunk
-    i_oldest, children = family_of(i_chunk, chunks, 1)
     # Loaded here, so that nothing waits for it.
-    p_counter = counter_of(partials, i_first + i_oldest, C)
-    found = tl.load(p_counter, mask=children > 1, other=0, cache_modifier=".cg")
+    found = load_counter(partials, i_first, i_chunk, chunks, C)
 
     begin = start + i_chunk * READ.CHUNK
     end = tl.minimum(start + length, begin + READ.CHUNK)
@@ -251,29 +182,7 @@ def mean_kernel(
     IS_EARLY: tl.constexpr = IS_WIDE and weight is not None and table is None
     if IS_EARLY:
         b_weight = tl.load(weight + o_c, mask=o_c < C, other=0.0).to(tl.float32)
-    stride = row_stride(C)
-    i_node, nodes, width, level = i_chunk, chunks, 1, 0
-    finishes = True
-    while nodes > 1:
-        # A node keeps its sum where its first chunk had its own. Its counter is as many rows behind that as
-        # it has levels below it, and so no other node's: one of two children has a chunk there.
-        i_oldest, children = family_of(i_node, nodes, width)
-        p = partials + (i_first + i_oldest).to(tl.int64) * stride
-        if children > 1:
-            p_counter = counter_of(partials, i_first + i_oldest + level, C)
-            tl.store(p + i_node % FAN * width * stride + o_c, b, mask=o_c < C)
-            open_counter(p_counter, found, call)
-            finishes = arrives_last(p_counter, children, call)
-        if finishes:
-            i_node, nodes, level = i_node // FAN, tl.cdiv(nodes, FAN), level + 1
-            i_above, siblings = family_of(i_node, nodes, width * FAN)
-            p_counter = counter_of(partials, i_first + i_above + level, C)
-            found = tl.load(p_counter, mask=siblings > 1, other=0, cache_modifier=".cg")
-            if children > 1:
-                b = sum_rows(p, children, width * stride, o_c, C)
-            width *= FAN
-        else:
-            nodes = 0
+    b, finishes = climb(b, partials, i_first, i_chunk, chunks, found, call, C)
     if finishes:
         b = tl.div_rn(b, tl.full([OUT.BC], 0.0, tl.float32) + tl.maximum(length, 1).to(tl.float32))
         if weight is not None:
@@ -342,12 +251,6 @@ def launch_tokens(
     )
 
 
-def partial_sums(hidden: torch.Tensor, programs: int) -> torch.Tensor:
-    """Working memory of launch_means, of any content: a row of sums and a counter for each program."""
-    shape = (programs, row_stride.fn(hidden.shape[1]))
-    return torch.empty(shape, dtype=torch.float32, device=hidden.device)
-
-
 def launch_means(
     hidden: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
@@ -366,7 +269,7 @@ def launch_means(
         hidden.device,
         partials.shape[0],
         (hidden, cu_seqlens, table, partials, weight, target.ranges, target.out, target.flags),
-        (B, next(CALLS) << 16, eps),
+        (B, next_call(), eps),
         (hidden.stride(0), target.range_stride, reading(width), target.constants(width)),
         MEAN_OPTIONS,
     )

@@ -142,8 +142,9 @@ def run_triton(
     target: Target,
 ) -> None:
     """Fills a target of kernels/embed_output.py, in one launch."""
-    from jv5kernels.kernels.embed_output import launch_means, launch_tokens, partial_sums
+    from jv5kernels.kernels.embed_output import launch_means, launch_tokens
     from jv5kernels.kernels.pool import number_of_chunks
+    from jv5kernels.kernels.tree import partial_sums
 
     total_tokens, device = hidden.shape[0], hidden.device
     if spans is not None:
