@@ -63,6 +63,7 @@ from jv5kernels.kernels.attention_sm90_tiles import (
     produce,
 )
 from jv5kernels.kernels.hopper import (
+    OPTIONS,
     RAGGED_END,
     advance,
     block_barrier,
@@ -78,7 +79,6 @@ from jv5kernels.kernels.hopper import (
 )
 from jv5kernels.kernels.launch import launch
 
-OPTIONS = (("num_warps", 4), ("launch_pdl", True))
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(160), gl.constexpr(32)
 HEADROOM = gl.constexpr(40.0)
 LIMIT = gl.constexpr(2.0**40)  # of a row's sum under the static offset
@@ -269,18 +269,18 @@ def attention_sm90_kernel(
 
 
 @lru_cache
-def _counter_of_stream(device: torch.device, stream: int) -> torch.Tensor:
+def _tile_counter_of_stream(device: torch.device, stream: int) -> torch.Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
-def counter_of(device: torch.device) -> torch.Tensor:
+def tile_counter(device: torch.device) -> torch.Tensor:
     """A zero that no other call uses at the same time: calls on a stream follow each other and leave it zero.
 
     A graph, which may be replayed on any stream, gets one of its own.
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    return _counter_of_stream(device, torch.cuda.current_stream(device).cuda_stream)
+    return _tile_counter_of_stream(device, torch.cuda.current_stream(device).cuda_stream)
 
 
 def launch_attention_sm90(
@@ -307,7 +307,7 @@ def launch_attention_sm90(
         attention_sm90_kernel,
         q.device,
         programs,
-        (cu_seqlens, counter_of(q.device)),
+        (cu_seqlens, tile_counter(q.device)),
         (softmax_scale * LOG2_E, slots, B, section, slots * HQ),
         (HQ // HKV, D, config.BN, config.STAGES, causal, config.SUM_BY_MMA),
         OPTIONS,

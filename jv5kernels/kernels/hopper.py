@@ -15,9 +15,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 # Names that Gluon changed after Triton 3.6.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-memory_type = gl.shared_memory_descriptor
-view_memory = getattr(memory_type, "reinterpret", None) or memory_type._reinterpret
+SharedMemory = gl.shared_memory_descriptor
+is_renamed = hasattr(SharedMemory, "reinterpret")
+view_memory = SharedMemory.reinterpret if is_renamed else SharedMemory._reinterpret
 block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+# How Gluon kernels are launched (see launch.py): the warps of the first partition, and chained.
+OPTIONS = (("num_warps", 4), ("launch_pdl", True))
 
 # Where the row dimension of a ragged descriptor ends: at the end of the sequence.
 RAGGED_END = gl.constexpr(0x40000000)
@@ -80,19 +84,28 @@ class Memory(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def memory_descriptor(
+def _kept_descriptor(
     memory: Memory, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
 ) -> TensorDescriptor:
-    """A descriptor whose blocks lie in shared memory as wgmma reads them; made once for weights and reused buffers."""
     layout = gl.NVMMASharedLayout(128, 8 * memory.dtype.itemsize, rank=len(block))
     descriptor = TensorDescriptor(memory, list(shape), list(strides), list(block), layout)
     descriptor.kind = (memory.dtype, block)
     return descriptor
 
 
+def descriptor(
+    x: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> TensorDescriptor:
+    """A descriptor of x's memory, seen with another shape and strides (in elements), for tiles of the size `block`.
+
+    Tiles lie in shared memory as wgmma reads them. It is made once for weights and for buffers that come again.
+    """
+    return _kept_descriptor(Memory(x.data_ptr(), x.dtype), shape, strides, block)
+
+
 def block_descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
     """A descriptor of the blocks of a matrix, or of matrices."""
-    return memory_descriptor(Memory(x.data_ptr(), x.dtype), tuple(x.shape), x.stride(), block)
+    return descriptor(x, tuple(x.shape), x.stride(), block)
 
 
 def ragged_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -107,10 +120,10 @@ def ragged_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     stride = x.stride(0)
     shape = (0x7FFF0000, 0x7FFF0000, RAGGED_END.value, H * D)
     strides = (2**34 - stride, stride, stride, 1)
-    return memory_descriptor(Memory(x.data_ptr(), x.dtype), shape, strides, (1, 1, rows, D))
+    return descriptor(x, shape, strides, (1, 1, rows, D))
 
 
 def row_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """A descriptor of tiles [rows, D] of x (T, H, D), whatever sequence the rows belong to."""
     T, H, D = x.shape
-    return memory_descriptor(Memory(x.data_ptr(), x.dtype), (T, H * D), (x.stride(0), 1), (rows, D))
+    return descriptor(x, (T, H * D), (x.stride(0), 1), (rows, D))

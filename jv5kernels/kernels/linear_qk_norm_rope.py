@@ -18,13 +18,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from jv5kernels.kernels import linear_sm90
+from jv5kernels.kernels.hopper import OPTIONS
 from jv5kernels.kernels.launch import launch
 from jv5kernels.kernels.linear_sm90 import (
     BC,
     BN,
     CONSUMER_REGISTERS,
     CONSUMERS,
-    OPTIONS,
     PRODUCER_REGISTERS,
     ROWS,
     allocate,

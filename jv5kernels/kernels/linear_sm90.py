@@ -26,12 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from jv5kernels.kernels.hopper import (
-    Memory,
     advance,
     block_barrier,
     block_descriptor,
+    descriptor,
     load_tile,
-    memory_descriptor,
     multiprocessors,
     ring,
     store_tile,
@@ -39,7 +38,6 @@ from jv5kernels.kernels.hopper import (
 )
 from jv5kernels.kernels.linear import device_class, fits_descriptors
 
-OPTIONS = (("num_warps", 4), ("launch_pdl", True))
 CONSUMERS = gl.constexpr(2)
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
 ROWS = gl.constexpr(64)  # of one consumer, the height of a wgmma
@@ -150,8 +148,8 @@ def descriptors(
     """Of x (T, K), of the weight (parts · rows, K) and of the output, in the blocks that are loaded and stored."""
     rows, K = weight.shape
     stride = weight.stride(0)
-    weight_desc = memory_descriptor(
-        Memory(weight.data_ptr(), weight.dtype),
+    weight_desc = descriptor(
+        weight,
         (parts, rows // parts, K),
         (rows // parts * stride, stride, 1),
         (parts, BN.value // parts, BK.value),
