@@ -153,6 +153,39 @@ def test_calls_on_several_streams_and_in_graphs_at_once(shape):
     assert all(torch.equal(out, expected) for out in (*found, recorded))
 
 
+@pytest.mark.parametrize("made_ahead", [True, False])
+def test_a_graph_of_more_than_one_call(made_ahead, monkeypatch):
+    """Every captured call has a counter that no fill in the graph has to clear, until those made ahead are used up."""
+    from jv5kernels.kernels import attention_sm90
+
+    lengths, tensors = BATCHES["log-normal"], draw(TOKENS, "small")
+    expected = run(tensors, lengths, "small", "gluon")
+    device = tensors[0].device
+    if not made_ahead:
+        monkeypatch.setitem(attention_sm90._COUNTERS_OF_GRAPHS, device, iter(()))
+    fills, counters = [], []
+    real = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: fills.append(a) or real(*a, **k))
+    made = attention_sm90.tile_counter
+    monkeypatch.setattr(
+        attention_sm90, "tile_counter", lambda d: counters.append(made(d)) or counters[-1]
+    )
+    cu_seqlens = ragged(lengths, "cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = [
+            attention_varlen(*tensors, cu_seqlens, max(lengths), causal=True, impl="gluon")
+            for _ in range(3)
+        ]
+    assert len(fills) == (0 if made_ahead else 3)
+    assert len({c.data_ptr() for c in counters}) == 3
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in recorded)
+    assert all(c[0] == 0 for c in counters)
+
+
 @pytest.mark.parametrize("impl", OURS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_kernel_for_all_lengths(shape, impl, monkeypatch):
