@@ -312,8 +312,8 @@ def sweep() -> None:
         expected = [same[0].expected("mean") for same in problems]
         for chunk, warps, lane_values in product((32, 64, 128), (2, 4, 8), (32, 64, 128)):
             first.CHUNK, first.LANE_VALUES = chunk, lane_values
-            first.NUM_WARPS = warps
-            kernels.MEAN_OPTIONS = (("num_warps", warps), ("enable_fp_fusion", False))
+            kernels.NUM_WARPS = first.NUM_WARPS = warps
+            kernels.mean_options.cache_clear()
             first.reading.cache_clear()
             calls = {}
             for same, embeddings in zip(problems, expected, strict=True):

@@ -32,7 +32,7 @@ MIN_COSINE = 0.9999
 REPLAYS = 200
 # What a replay owes to each: it is timed again without.
 PARTS = {
-    "chained launches": "jv5kernels.kernels.short_layer.can_chain",
+    "chained launches": "jv5kernels.kernels.short_layer.has_sm_90",
     "short layers": "jv5kernels.graphs.takes_short_layers",
 }
 

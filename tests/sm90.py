@@ -36,6 +36,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     enable_fp_fusion: bool = True
+    maxnreg: int | None = None
     divisible: tuple[str, ...] = ()  # scalar arguments known to be multiples of 16
     descriptors: dict[str, list[int]] = field(default_factory=dict)
     inspected: bool = False
@@ -126,6 +127,7 @@ def _compile(case: Case) -> Report:
         "num_warps": case.num_warps,
         "num_stages": case.num_stages,
         "enable_fp_fusion": case.enable_fp_fusion,
+        "maxnreg": case.maxnreg,
     }
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
         triton.knobs.cache.dir = cache

@@ -19,7 +19,7 @@ from native import (
 from output_reference import EPS, LENGTHS, MODES, TOLERANCE, WIDTH, assert_near, draw, reference
 from sm90 import Case, compile_for_sm90
 
-from jv5kernels.kernels.embed_output import output
+from jv5kernels.kernels.embed_output import TOKEN_OPTIONS, mean_options, output
 from jv5kernels.kernels.pool import reading
 from jv5kernels.ops import embed_output
 
@@ -279,18 +279,19 @@ OUTPUTS = {"*fp32": (1024, 1024), "*bf16": (256, 256), "*i8": (1000, 1000), "*u8
 DTYPES = {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*i8": torch.int8, "*u8": torch.uint8}
 
 
-def case(kernel, hidden, weight, out, width=1024, **arguments):
+def case(kernel, hidden, weight, out, width=1024, normalize=True, **arguments):
     """A kernel with arguments as types or, where they are none, as constants; ranges for int8."""
     dim, stored = (min(width, size) for size in OUTPUTS[out])
-    constants = {"OUT": output(width, dim, stored, DTYPES[out], out == "*i8", True)}
+    constants = {"OUT": output(width, dim, stored, DTYPES[out], out == "*i8", normalize)}
     signature = {"hidden": hidden, "out": out, "flags": "*u8", "stride_ht": "i32", "eps": "fp32"}
     signature["stride_rr"] = "i32"
     arguments |= {"weight": weight, "ranges": "*fp32" if out == "*i8" else None}
     for name, value in arguments.items():
         (signature if isinstance(value, str) else constants)[name] = value
     module = "jv5kernels.kernels.embed_output"
-    options = {"enable_fp_fusion": False, "divisible": ("stride_ht",)}
-    return Case(module, kernel, signature, constants, **options)
+    has_table = arguments.get("table") is not None
+    options = TOKEN_OPTIONS if kernel == "token_kernel" else mean_options(width, has_table)
+    return Case(module, kernel, signature, constants, divisible=("stride_ht",), **dict(options))
 
 
 def test_compiles_for_sm90():
@@ -312,23 +313,31 @@ def test_compiles_for_sm90():
             weight,
             out,
             width,
-            READ=reading(width),
+            normalize,
+            READ=reading(width, asks_early=by == "sequences"),
             cu_seqlens="*i32" if by == "sequences" else None,
             table="*i32" if by == "spans" else None,
             **of_means,
         )
-        for hidden, weight, out, width, by in [
-            ("*fp32", "*bf16", "*fp32", 1024, "sequences"),
-            ("*bf16", "*bf16", "*u8", 1024, "sequences"),
-            ("*bf16", "*bf16", "*i8", 1024, "spans"),
-            ("*fp32", None, "*fp32", 768, "spans"),
-            ("*bf16", "*bf16", "*u8", 768, "sequences"),
-            ("*bf16", "*bf16", "*bf16", 4096, "sequences"),
+        for hidden, weight, out, width, by, normalize in [
+            ("*fp32", "*bf16", "*fp32", 1024, "sequences", True),
+            ("*bf16", "*bf16", "*u8", 1024, "sequences", True),
+            ("*bf16", "*bf16", "*i8", 1024, "spans", True),
+            ("*fp32", "*bf16", "*i8", 1024, "sequences", False),
+            ("*fp32", None, "*fp32", 768, "spans", True),
+            ("*bf16", "*bf16", "*u8", 768, "sequences", True),
+            ("*bf16", "*bf16", "*bf16", 4096, "sequences", True),
         ]
     ]
     for compiled, report in zip(cases, compile_for_sm90(cases), strict=True):
         # Five programs of four warps must fit an SM; rows of 4096 take more for their end.
         report.check(max_registers=255 if compiled.constants["OUT"].BC > 1024 else 96)
         assert "ld.global" in report.ptx and ".v4" in report.ptx
-        # Contracted products would change quantised bytes.
-        assert "fma." not in report.ptx
+        # Contracted products would change quantised bytes: a mean has none behind its first division but the squares of
+        # its length.
+        reads, ends = report.ptx, report.ptx
+        if compiled.kernel == "mean_kernel":
+            reads, ends = report.ptx.split("div.rn", 1)
+            assert ("prefetch" in reads) == (compiled.constants["READ"].ASKED > 0)
+        if compiled.kernel == "token_kernel" or not compiled.constants["OUT"].NORMALIZE:
+            assert "fma." not in ends

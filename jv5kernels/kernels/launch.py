@@ -31,8 +31,8 @@ def wait_for_the_kernel_before():
 
 
 @lru_cache
-def can_chain(device: torch.device) -> bool:
-    """Whether the device launches a kernel while the one before runs."""
+def has_sm_90(device: torch.device) -> bool:
+    """Whether the device can do what came with Hopper: chained launches, a prefetch of many bytes at once."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 

@@ -11,6 +11,9 @@ overlap, so theirs is a table that the host writes.
 The warps of a program lie along the columns and take BT tokens at a time: a lane keeps the sums of its
 own columns, and only the BT mean squares of a block pass between warps. With a warp a token, the sums of
 the warps had to be added at the end, which took longer than half of the reading.
+
+A program finds its sequence by a read that every byte of the tokens waits for. So it asks for tokens before:
+those from CHUNK times its own number on, which are the first that it needs or that another program does.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
+from jv5kernels.kernels.launch import has_sm_90
 from jv5kernels.kernels.quantize import block_of_columns
 
 # Timed on an H200 for 32768 x 1024 to bits, repeated over inputs, µs at 64x512 / 182x180 / 1x32768: fp32 37 / 37 / 39,
@@ -41,6 +46,7 @@ class Reading(NamedTuple):
         C, CHUNK: columns of a token, tokens of a chunk.
         BT, BC: tokens and columns of a block.
         BB: offsets that the search for a program's sequence compares at a time.
+        ASKED: tokens that a program asks for before the search.
     """
 
     C: int
@@ -48,14 +54,50 @@ class Reading(NamedTuple):
     BT: int
     BC: int
     BB: int
+    ASKED: int
 
 
 @lru_cache
-def reading(width: int) -> Reading:
+def reading(width: int, asks_early: bool) -> Reading:
     """The constants for tokens of `width` values."""
     columns = block_of_columns(width)
     tokens = min(CHUNK, max(1, LANE_VALUES * 32 * NUM_WARPS // columns))
-    return Reading(C=width, CHUNK=CHUNK, BT=tokens, BC=columns, BB=SEARCH_BLOCK)
+    return Reading(width, CHUNK, tokens, columns, SEARCH_BLOCK, tokens if asks_early else 0)
+
+
+def can_ask_early(hidden: torch.Tensor) -> bool:
+    """Whether tokens lie without gaps on the 16-byte grid, on a device that takes one instruction for many bytes."""
+    row_bytes = hidden.shape[1] * hidden.element_size()
+    return (
+        has_sm_90(hidden.device)
+        and hidden.is_contiguous()
+        and row_bytes % 16 == 0
+        and hidden.data_ptr() % 16 == 0
+    )
+
+
+@triton.jit
+def ask_for_tokens(hidden, i_program, B, READ: tl.constexpr):
+    """Asks memory for ASKED tokens at the place of this program: the L2 cache will have them, and nothing waits."""
+    ROW_BYTES: tl.constexpr = READ.C * (hidden.dtype.element_ty.primitive_bitwidth // 8)
+    # Of T // CHUNK + B programs, those below T // CHUNK.
+    size = tl.where(i_program < tl.num_programs(0) - B, READ.ASKED * ROW_BYTES, 0)
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred is_first;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 is_first, thread, 0;
+        setp.gt.and.s32 is_first, $2, 0, is_first;
+        @is_first cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [hidden + i_program.to(tl.int64) * (READ.CHUNK * READ.C), size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

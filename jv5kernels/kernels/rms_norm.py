@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from jv5kernels.kernels.launch import can_chain, launch, wait_for_the_kernel_before
+from jv5kernels.kernels.launch import has_sm_90, launch, wait_for_the_kernel_before
 
 NUM_WARPS = 4
 # Bytes of a row that one warp loads at a time: 16 for each lane.
@@ -149,7 +149,7 @@ def launch_rms_norm(
     # The widest dtype: stores of more than 16 bytes a lane would pass through shared memory. float24 has 2-byte words.
     rows = [t for t in (x, residual, also, out, total) if t is not None]
     CHUNKS, BT, BC = tile(C, max(max(t.element_size(), 2) for t in rows))
-    is_chained = can_chain(x.device)
+    is_chained = has_sm_90(x.device)
     strides = [0 if t is None else t.stride(0) for t in (x, residual, also)]
     launch(
         rms_norm_kernel,

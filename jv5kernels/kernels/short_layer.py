@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from jv5kernels.kernels.launch import can_chain, wait_for_the_kernel_before
+from jv5kernels.kernels.launch import has_sm_90, wait_for_the_kernel_before
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = 1.4426950408889634
@@ -248,8 +248,8 @@ def launch_short_norm(
         eps,
         K=K,
         BK=triton.next_power_of_2(K),
-        IS_CHAINED=can_chain(x.device),
-        launch_pdl=can_chain(x.device),
+        IS_CHAINED=has_sm_90(x.device),
+        launch_pdl=has_sm_90(x.device),
         num_warps=NORM_WARPS,
     )
 
@@ -275,8 +275,8 @@ def launch_short_linear(
         BK=BK,
         PIECES=config.num_warps,
         IS_SWIGLU=is_swiglu,
-        IS_CHAINED=can_chain(x.device),
-        launch_pdl=can_chain(x.device),
+        IS_CHAINED=has_sm_90(x.device),
+        launch_pdl=has_sm_90(x.device),
         num_warps=config.num_warps,
         num_stages=1,
     )
@@ -314,7 +314,7 @@ def launch_short_attention(
         BT=ROWS,
         IS_CAUSAL=is_causal,
         HAS_NORM=q_weight is not None,
-        IS_CHAINED=can_chain(qkv.device),
-        launch_pdl=can_chain(qkv.device),
+        IS_CHAINED=has_sm_90(qkv.device),
+        launch_pdl=has_sm_90(qkv.device),
         num_warps=ATTENTION_WARPS,
     )
