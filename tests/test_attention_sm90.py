@@ -65,7 +65,8 @@ def holds(body: list[str], name: str) -> bool:
 def check_static_loop(body: list[str], head_dim: int, keys: int) -> None:
     """q·k and p·v issued, one wait for the scores, all exponentials, one wait for the output; nothing spilled."""
     assert not holds(body, "LDL") and not holds(body, "STL")
-    assert len(body) <= 4 * keys, f"{len(body)} instructions for {keys} keys"
+    limit = 3.5 * keys if head_dim == 128 else 2.25 * keys
+    assert len(body) <= limit, f"{len(body)} instructions for {keys} keys"
     products = [i for i, text in enumerate(body) if "HGMMA" in text]
     assert len(products) == head_dim // 16 + keys // 16
     waits = [i for i, text in enumerate(body) if "WARPGROUP.DEPBAR" in text]
@@ -106,7 +107,9 @@ def point_at_keys(tensors, lengths, causal, rows, factor):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("factor", [3, 8, 60], ids=["dominated", "far apart", "beyond float32"])
+@pytest.mark.parametrize(
+    "factor", [2, 3, 8, 60], ids=["most", "dominated", "far apart", "beyond float32"]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_that_one_key_dominates(shape, factor, poisoned_memory):
     """As exact as cuDNN; with the larger factors some tiles must take the online softmax to stay finite."""
@@ -120,6 +123,21 @@ def test_rows_that_one_key_dominates(shape, factor, poisoned_memory):
         for impl in ("gluon", "sdpa")
     )
     assert ours <= ERROR_SHARE * theirs + 1e-6, f"ours {ours:.2e}, cuDNN {theirs:.2e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [64, 512, 2048])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_of_random_rows(shape, length, poisoned_memory):
+    lengths = [length] * (16384 // length)
+    rows = sampled_rows(lengths, 192)
+    tensors = draw(sum(lengths), shape)
+    expected = reference_rows(tensors, lengths, SHAPES[shape][3], rows)
+    ours, theirs = (
+        relative_error(run(tensors, lengths, shape, impl)[rows], expected)
+        for impl in ("gluon", "sdpa")
+    )
+    assert ours <= ERROR_SHARE * theirs, f"ours {ours:.2e}, cuDNN {theirs:.2e}"
 
 
 @pytest.mark.gpu

@@ -1,7 +1,8 @@
 """The softmax passes of attention on Hopper: what one consumer warpgroup does with the key tiles after the first.
 
-A pass walks over n - 1 key tiles. It is given, and gives back, the weights p of the tile before (whose product with
-its values is still to come), the output, the row sums and the place in the ring of key and value tiles.
+A pass walks over n - 1 key tiles. It is given, and gives back, the weights p of the tile before, the output and the
+row sums without them (their product with values is still to come, and so is their sum: it is taken while the next
+scores are computed), and the place in the ring of key and value tiles.
 """
 
 from __future__ import annotations
@@ -51,25 +52,50 @@ def weights(b_e, D: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def lane_sums(b_p):
-    """[64, BN] bf16 -> [64, 4] fp32: what each lane of a quad holds of a row, without a shuffle."""
-    BN: gl.constexpr = b_p.shape[1]
-    # Both halves of a register with an instruction each; the compiler takes two.
-    unpack: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-    b = gl.inline_asm_elementwise(unpack, "=r,=r,r", [b_p], gl.float32, True, 2)
-    return gl.sum(gl.sum(gl.reshape(b, [64, BN // 8, 4, 2]), 3), 1)
+def fold(b):
+    """[64, N] bf16 -> [64, N // 2]: columns c and c + N // 2 added, two sums an instruction."""
+    HALF: gl.constexpr = b.shape[1] // 2
+    b_low, b_high = gl.split(gl.permute(gl.reshape(b, [ROWS, 2, HALF]), (0, 2, 1)))
+    add: gl.constexpr = "add.rn.bf16x2 $0, $1, $2;"
+    return gl.inline_asm_elementwise(add, "=r,r,r", [b_low, b_high], gl.bfloat16, True, 2)
 
 
 @gluon.jit
-def add_rows(b_sum, b_p, BN: gl.constexpr):
-    """b_sum [64, 8] plus the row sums of b_p [64, BN] in every column, by a product with ones."""
-    layout: gl.constexpr = b_sum.type.layout
-    b_ones = gl.full([BN, 8], 1.0, b_p.dtype, gl.DotOperandLayout(1, layout, 2))
-    return mma_v2(
-        gl.convert_layout(b_p, gl.DotOperandLayout(0, layout, 2), assert_trivial=True),
-        b_ones,
-        b_sum,
-    )
+def lane_sums(b_p):
+    """[64, BN] bf16 -> [64, 4] fp32: what each lane of a quad holds of a row, without a shuffle."""
+    b_p = fold(fold(b_p))
+    COLUMNS: gl.constexpr = b_p.shape[1]
+    # Both halves of a register with an instruction each; the compiler takes two.
+    unpack: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+    b = gl.inline_asm_elementwise(unpack, "=r,=r,r", [b_p], gl.float32, True, 2)
+    return gl.sum(gl.sum(gl.reshape(b, [ROWS, COLUMNS // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def no_sums(b_p, SUM_BY_MMA: gl.constexpr):
+    """Zeros to which add_weights can add the weights of key tiles."""
+    if SUM_BY_MMA:
+        return gl.zeros([ROWS, 8], gl.float32, gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
+    else:
+        return gl.zeros_like(lane_sums(b_p))
+
+
+@gluon.jit
+def add_weights(b_sum, b_p, SUM_BY_MMA: gl.constexpr):
+    """b_sum plus the weights [64, BN] of a key tile: their row sums in each of 8 columns, or a lane's share in 4."""
+    if SUM_BY_MMA:
+        layout: gl.constexpr = b_sum.type.layout
+        b_ones = gl.full([b_p.shape[1], 8], 1.0, b_p.dtype, gl.DotOperandLayout(1, layout, 2))
+        p_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+        return mma_v2(gl.convert_layout(b_p, p_layout, assert_trivial=True), b_ones, b_sum)
+    else:
+        return b_sum + lane_sums(b_p)
+
+
+@gluon.jit
+def row_sums(b_sum, SUM_BY_MMA: gl.constexpr):
+    """[64] of what add_weights has added up."""
+    return gl.max(b_sum, 1) if SUM_BY_MMA else gl.sum(b_sum, 1)
 
 
 @gluon.jit
@@ -86,24 +112,18 @@ def static_pass(
         stage, phase = advance(stage, phase, STAGES)
         mbarrier.wait(k_bars[0].index(stage), phase)
         b_s = issue_scores(b_q, k_smem.index(stage), D, BN)
-        if SUM_BY_MMA:
-            b_sum = add_rows(b_sum, b_p, BN)
+        b_sum = add_weights(b_sum, b_p, SUM_BY_MMA)
         mbarrier.wait(v_bars[0].index(v_stage), v_phase)
         b_out = issue_output(b_p, v_smem.index(v_stage), b_out, D, BN)
         b_s = warpgroup_mma_wait(1, [b_s])
         mbarrier.arrive(k_bars[1].index(stage))
         b_e = exponentials(b_s, scale, b_offset)
-        if not SUM_BY_MMA:
-            b_next = weights(b_e, D, b_p.dtype)
-            b_sum += lane_sums(b_next)
         # Keeps ptxas from moving the next wait above the exponentials.
         k_stage, k_phase = advance(stage, phase, STAGES)
         mbarrier.wait(k_bars[0].index(k_stage), k_phase, pred=i < n - 2)
         b_out, b_p = warpgroup_mma_wait(0, [b_out, b_p])
         mbarrier.arrive(v_bars[1].index(v_stage))
-        if SUM_BY_MMA:
-            b_next = weights(b_e, D, b_p.dtype)
-        b_p = b_next
+        b_p = weights(b_e, D, b_p.dtype)
     return b_p, b_out, b_sum, stage, phase
 
 
@@ -118,8 +138,7 @@ def online_pass(
     o_rows: gl.constexpr = gl.SliceLayout(1, b_out.type.layout)
     l_rows: gl.constexpr = gl.SliceLayout(1, b_sum.type.layout)
     for _ in range(n - 1):
-        if SUM_BY_MMA:
-            b_sum = add_rows(b_sum, b_p, BN)
+        b_sum = add_weights(b_sum, b_p, SUM_BY_MMA)
         mbarrier.wait(v_bars[0].index(stage), phase)
         b_out = issue_output(b_p, v_smem.index(stage), b_out, D, BN)
         b_out, b_p = warpgroup_mma_wait(0, [b_out, b_p])
@@ -133,7 +152,5 @@ def online_pass(
         b_offset = b_new
         b_p = weights(exponentials(b_s, scale, b_offset), D, b_p.dtype)
         b_sum = b_sum * gl.convert_layout(b_decay, l_rows)[:, None]
-        if not SUM_BY_MMA:
-            b_sum += lane_sums(b_p)
         b_out = b_out * gl.convert_layout(b_decay, o_rows)[:, None]
     return b_p, b_out, b_sum, stage, phase
