@@ -53,7 +53,7 @@ TOKEN_OPTIONS = (("num_warps", 4), ("enable_fp_fusion", False))
 
 @lru_cache
 def mean_options(width: int, has_table: bool) -> tuple[tuple[str, int], ...]:
-    """Launch options of means of tokens of `width` values: five programs fit a multiprocessor in any Triton"""
+    """Launch options of means of tokens of `width` values: five programs fit a multiprocessor."""
     options = (("num_warps", NUM_WARPS),)
     return options if has_table or width > 1024 else (*options, ("maxnreg", 96))
 

@@ -3,8 +3,8 @@
     int8:    code = min(max(floor((x - min) / step), 0), 255),  step = (max - min) / 255, or 1 where that is 0
     binary:  bit  = x > 0, eight columns a byte, the first in the top bit
 
-Divisions are IEEE and nothing is contracted (`enable_fp_fusion=False` at every launch that quantises),
-so the bytes are those of NumPy's float32 arithmetic. Traffic: x once, the bytes once.
+Divisions are IEEE, and a product is not contracted with the minimum that is subtracted from it (see the launches), so
+the bytes are those of NumPy's float32 arithmetic. Traffic: x once, the bytes once.
 """
 
 from __future__ import annotations
