@@ -277,7 +277,10 @@ def launch_means(
     eps: float,
     target: Target,
 ) -> None:
-    """Fills the target with means of sequences, or of spans by a table (programs, 4) of their chunks."""
+    """Fills the target with means of sequences, or of spans by a table (programs, 4) of their chunks.
+
+    `partials` has a row for each program: number_of_chunks of them, or as many as the table.
+    """
     B, width = target.out.shape[0], hidden.shape[1]
     if B == 0:
         return
