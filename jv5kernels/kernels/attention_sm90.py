@@ -179,8 +179,8 @@ def consume(
             else:
                 state = online_pass(keys, state, n, scale, b_offset, D, BN, STAGES, SUM_BY_MMA)
             b_p, b_out, b_sum, stage, phase = state
-            b_sum = row_sums(add_weights(b_sum, b_p, SUM_BY_MMA), SUM_BY_MMA)
-            b_total = gl.convert_layout(b_sum, o_rows)
+            b_sum = add_weights(b_sum, b_p, SUM_BY_MMA)
+            b_total = gl.convert_layout(row_sums(b_sum, SUM_BY_MMA), o_rows)
             mbarrier.wait(v_bars[0].index(stage), phase)
             b_out = issue_output(b_p, v_smem.index(stage), b_out, D, BN)
             b_out, b_p = warpgroup_mma_wait(0, [b_out, b_p])
@@ -284,8 +284,8 @@ def _tile_counter_of_stream(device: torch.device, stream: int) -> torch.Tensor:
 def tile_counter(device: torch.device) -> torch.Tensor:
     """A zero that no other call uses at the same time: calls on a stream follow each other and leave it zero.
 
-    A graph may be replayed on any stream, so each of its calls gets one of its own, made before the capture: a fill in
-    the graph would take 1 to 2 µs each time.
+    A graph may be replayed on any stream, so each of its calls gets one of its own, made by the first call outside of a
+    capture: a fill in the graph would take 1 to 2 µs each time.
     """
     if not torch.cuda.is_current_stream_capturing():
         return _tile_counter_of_stream(device, torch.cuda.current_stream(device).cuda_stream)

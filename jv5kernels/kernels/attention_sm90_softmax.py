@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from jv5kernels.kernels.hopper import advance
+from jv5kernels.kernels.hopper import advance, left_and_right
 
 ROWS = gl.constexpr(64)  # of one consumer, the height of a wgmma
 
@@ -53,11 +53,10 @@ def weights(b_e, D: gl.constexpr, dtype: gl.constexpr):
 
 @gluon.jit
 def fold(b):
-    """[64, N] bf16 -> [64, N // 2]: columns c and c + N // 2 added, two sums an instruction."""
-    HALF: gl.constexpr = b.shape[1] // 2
-    b_low, b_high = gl.split(gl.permute(gl.reshape(b, [ROWS, 2, HALF]), (0, 2, 1)))
+    """[64, 2 * N] bf16 -> [64, N]: columns c and c + N added, two sums an instruction."""
+    b_left, b_right = left_and_right(b)
     add: gl.constexpr = "add.rn.bf16x2 $0, $1, $2;"
-    return gl.inline_asm_elementwise(add, "=r,r,r", [b_low, b_high], gl.bfloat16, True, 2)
+    return gl.inline_asm_elementwise(add, "=r,r,r", [b_left, b_right], gl.bfloat16, True, 2)
 
 
 @gluon.jit

@@ -43,6 +43,14 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def left_and_right(b):
+    """[R, 2 * N] -> its two halves [R, N]: registers of their own, without a move, in layouts of products."""
+    R: gl.constexpr = b.shape[0]
+    N: gl.constexpr = b.shape[1] // 2
+    return gl.split(gl.permute(gl.reshape(b, [R, 2, N]), [0, 2, 1]))
+
+
+@gluon.jit
 def put(memory, index, value, WARPS: gl.constexpr):
     """Writes one integer to shared memory."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])

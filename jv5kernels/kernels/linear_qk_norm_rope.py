@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from jv5kernels.kernels import linear_sm90
-from jv5kernels.kernels.hopper import OPTIONS
+from jv5kernels.kernels.hopper import OPTIONS, left_and_right
 from jv5kernels.kernels.launch import launch
 from jv5kernels.kernels.linear_sm90 import (
     BC,
@@ -30,7 +30,6 @@ from jv5kernels.kernels.linear_sm90 import (
     allocate,
     descriptors,
     finish,
-    left_and_right,
     multiply,
     produce,
     programs,

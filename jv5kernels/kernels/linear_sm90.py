@@ -60,12 +60,6 @@ def tile_of(i_tile, tiles_m, tiles_n: gl.constexpr):
 
 
 @gluon.jit
-def left_and_right(b):
-    """[ROWS, BN] -> its two halves [ROWS, BC]."""
-    return gl.split(gl.permute(gl.reshape(b, [ROWS, 2, BC]), [0, 2, 1]))
-
-
-@gluon.jit
 def allocate(x_desc, w_desc, PARTS: gl.constexpr):
     """Memory of the ring, for x and the weight, and of the consumers' results; and the ring's barriers.
 

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from jv5kernels.kernels.launch import has_sm_90
+from jv5kernels.kernels.linear import fits_descriptors
 from jv5kernels.kernels.quantize import block_of_columns
 
 # Timed on an H200 for 32768 x 1024 to bits, repeated over inputs, µs at 64x512 / 182x180 / 1x32768: fp32 37 / 37 / 39,
@@ -70,13 +71,7 @@ def reading(width: int, asks_early: bool) -> Reading:
 
 def can_ask_early(hidden: torch.Tensor) -> bool:
     """Whether tokens lie without gaps on the 16-byte grid, on a device that takes one instruction for many bytes."""
-    row_bytes = hidden.shape[1] * hidden.element_size()
-    return (
-        has_sm_90(hidden.device)
-        and hidden.is_contiguous()
-        and row_bytes % 16 == 0
-        and hidden.data_ptr() % 16 == 0
-    )
+    return has_sm_90(hidden.device) and hidden.is_contiguous() and fits_descriptors(hidden)
 
 
 @triton.jit
