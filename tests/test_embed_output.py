@@ -20,7 +20,7 @@ from output_reference import EPS, LENGTHS, MODES, TOLERANCE, WIDTH, assert_near,
 from sm90 import Case, compile_for_sm90
 
 from jv5kernels.kernels.embed_output import TOKEN_OPTIONS, mean_options, output
-from jv5kernels.kernels.pool import reading
+from jv5kernels.kernels.pool import NUM_WARPS, can_ask_early, reading
 from jv5kernels.ops import embed_output
 
 
@@ -279,9 +279,9 @@ OUTPUTS = {"*fp32": (1024, 1024), "*bf16": (256, 256), "*i8": (1000, 1000), "*u8
 DTYPES = {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*i8": torch.int8, "*u8": torch.uint8}
 
 
-def case(kernel, hidden, weight, out, width=1024, normalize=True, **arguments):
+def case(kernel, hidden, weight, out, width=1024, normalize=True, whole=False, **arguments):
     """A kernel with arguments as types or, where they are none, as constants; ranges for int8."""
-    dim, stored = (min(width, size) for size in OUTPUTS[out])
+    dim, stored = (width, width) if whole else (min(width, size) for size in OUTPUTS[out])
     constants = {"OUT": output(width, dim, stored, DTYPES[out], out == "*i8", normalize)}
     signature = {"hidden": hidden, "out": out, "flags": "*u8", "stride_ht": "i32", "eps": "fp32"}
     signature["stride_rr"] = "i32"
@@ -313,31 +313,52 @@ def test_compiles_for_sm90():
             weight,
             out,
             width,
-            normalize,
+            normalize=not whole,
+            whole=whole,
             READ=reading(width, asks_early=by == "sequences"),
             cu_seqlens="*i32" if by == "sequences" else None,
             table="*i32" if by == "spans" else None,
             **of_means,
         )
-        for hidden, weight, out, width, by, normalize in [
-            ("*fp32", "*bf16", "*fp32", 1024, "sequences", True),
-            ("*bf16", "*bf16", "*u8", 1024, "sequences", True),
-            ("*bf16", "*bf16", "*i8", 1024, "spans", True),
-            ("*fp32", "*bf16", "*i8", 1024, "sequences", False),
-            ("*fp32", None, "*fp32", 768, "spans", True),
-            ("*bf16", "*bf16", "*u8", 768, "sequences", True),
-            ("*bf16", "*bf16", "*bf16", 4096, "sequences", True),
+        for hidden, weight, out, width, by, whole in [
+            ("*fp32", "*bf16", "*fp32", 1024, "sequences", False),
+            ("*bf16", "*bf16", "*u8", 1024, "sequences", False),
+            ("*bf16", "*bf16", "*i8", 1024, "spans", False),
+            # Nothing stands between the product with the weight and the subtraction of the minimum.
+            ("*fp32", "*bf16", "*i8", 1024, "sequences", True),
+            ("*fp32", None, "*fp32", 768, "spans", False),
+            ("*bf16", "*bf16", "*u8", 768, "sequences", False),
+            ("*fp32", "*bf16", "*fp32", 256, "sequences", False),
+            ("*bf16", "*bf16", "*i8", 512, "sequences", False),
+            ("*bf16", "*bf16", "*bf16", 4096, "sequences", False),
         ]
     ]
     for compiled, report in zip(cases, compile_for_sm90(cases), strict=True):
-        # Five programs of four warps must fit an SM; rows of 4096 take more for their end.
-        report.check(max_registers=255 if compiled.constants["OUT"].BC > 1024 else 96)
+        # Five programs of four warps must fit an SM. Rows of 4096 take more for their end, means of narrow rows
+        # for more tokens at a time.
+        is_mean, columns = compiled.kernel == "mean_kernel", compiled.constants["OUT"].BC
+        report.check(max_registers=255 if columns > 1024 or is_mean and columns < 1024 else 96)
         assert "ld.global" in report.ptx and ".v4" in report.ptx
-        # Contracted products would change quantised bytes: a mean has none behind its first division but the squares of
-        # its length.
-        reads, ends = report.ptx, report.ptx
-        if compiled.kernel == "mean_kernel":
+        # Contracted products would change quantised bytes. A mean has none behind its first division but the squares of
+        # its length, of which a thread adds one product for each of its columns.
+        ends, squares = report.ptx, 0
+        if is_mean:
             reads, ends = report.ptx.split("div.rn", 1)
             assert ("prefetch" in reads) == (compiled.constants["READ"].ASKED > 0)
-        if compiled.kernel == "token_kernel" or not compiled.constants["OUT"].NORMALIZE:
-            assert "fma." not in ends
+            if compiled.constants["OUT"].NORMALIZE:
+                squares = max(1, columns // (32 * NUM_WARPS))
+        assert ends.count("fma.") <= squares
+
+
+def test_what_is_asked_for_early(monkeypatch):
+    """Only what one instruction can ask for: tokens without gaps, on the 16-byte grid, on a device that has it."""
+    hidden = torch.zeros(130, 64, dtype=torch.bfloat16)
+    assert not can_ask_early(hidden)
+    monkeypatch.setattr("jv5kernels.kernels.pool.has_sm_90", lambda device: True)
+    assert can_ask_early(hidden) and can_ask_early(hidden.float())
+    assert not can_ask_early(hidden[:, :32])
+    assert not can_ask_early(hidden[::2])
+    assert not can_ask_early(torch.zeros(130, 68, dtype=torch.bfloat16))
+    assert not can_ask_early(hidden.flatten()[4:-60].view(-1, 64))
+    assert reading(1024, asks_early=True).ASKED == 4
+    assert reading(1024, asks_early=False).ASKED == 0

@@ -53,9 +53,14 @@ TOKEN_OPTIONS = (("num_warps", 4), ("enable_fp_fusion", False))
 
 @lru_cache
 def mean_options(width: int, has_table: bool) -> tuple[tuple[str, int], ...]:
-    """Launch options of means of tokens of `width` values: five programs fit a multiprocessor."""
+    """Launch options of means of tokens of `width` values.
+
+    With 96 registers five programs fit a multiprocessor. Blocks of 1024 columns get by with them in every version of
+    Triton, others would spill. Those of spans take no more of their own accord, and one would spill under the limit.
+    """
     options = (("num_warps", NUM_WARPS),)
-    return options if has_table or width > 1024 else (*options, ("maxnreg", 96))
+    is_limited = block_of_columns(width) == 1024 and not has_table
+    return (*options, ("maxnreg", 96)) if is_limited else options
 
 
 class Output(NamedTuple):
