@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from conftest import ragged
@@ -31,7 +33,7 @@ def sm90_case(head_dim: int, causal: bool) -> Case:
             "BN": config.BN,
             "STAGES": config.STAGES,
             "IS_CAUSAL": causal,
-            "SUM_BY_MMA": config.SUM_BY_MMA,
+            "EXP_BOUND": config.EXP_BOUND,
         },
         descriptors={
             "q_desc": [64, head_dim],
@@ -56,6 +58,10 @@ def test_machine_code():
         assert len(static) == consumers, f"{len(static)} static softmax loops"
         for body in static:
             check_static_loop(body, case.constants["D"], case.constants["BN"])
+            if case.constants["EXP_BOUND"]:
+                check_spread(body)
+        if case.constants["EXP_BOUND"]:
+            check_ring_comes_first(report.ptx)
 
 
 def holds(body: list[str], name: str) -> bool:
@@ -70,12 +76,31 @@ def check_static_loop(body: list[str], head_dim: int, keys: int) -> None:
     products = [i for i, text in enumerate(body) if "HGMMA" in text]
     assert len(products) == head_dim // 16 + keys // 16
     waits = [i for i, text in enumerate(body) if "WARPGROUP.DEPBAR" in text]
+    assert sum("TRYWAIT" in text for text in body) == 2, "keys and values are each waited for once"
     exponentials = [i for i, text in enumerate(body) if "MUFU.EX2" in text]
     assert len(waits) == 2 and len(exponentials) == keys // 2
     first, last = waits
     assert max(products) < first < last
     between = [i for i in exponentials if first < i < last]
     assert len(between) == len(exponentials), "exponentials outside the shadow of p·v"
+
+
+def check_spread(body: list[str]) -> None:
+    """The unit for exponentials does not wait for a tile's multiplications: few of them stand together."""
+    run = longest = 0
+    for instruction in body:
+        run = run + 1 if "FFMA" in instruction else run * ("MUFU" not in instruction)
+        longest = max(longest, run)
+    assert longest <= 16, f"{longest} multiplications without an exponential between"
+    sums = [text for text in body if "HGMMA.64x72x16" in text]
+    assert len(sums) == 8, "row sums are a ninth block of columns of p·v"
+
+
+def check_ring_comes_first(ptx: str) -> None:
+    """The product with ones reads its tiles at the distance from where shared memory begins: keys of stage 0."""
+    place = re.search(r"bulk\.tensor\.4d\.shared\S*complete_tx::bytes \[(%r\d+)\]", ptx)[1]
+    begin = re.search(rf"add\.s32 \t{place}, (%r\d+), %r\d+;", ptx)[1]
+    assert f"mov.b32 \t{begin}, global_smem;" in ptx
 
 
 def test_refusals_give_reasons():

@@ -16,9 +16,10 @@ tile's by far; the same program then does those rows again with the online softm
 the same rounded p, so a row that one key dominates is exact. Values between 2^-86 and 2^86 in magnitude neither
 vanish nor overflow on the way.
 
-The denominator's sums are by products with ones at head_dim 64. At head_dim 128, where tensor cores have no time left,
-lanes add p up, the first two times in bf16, two additions an instruction: that rounds four p to 2^-9 of their sum once
-or twice, independently for every four, and adds 1 to 3 % to the error, which the p themselves decide.
+At head_dim 64 exponentials are the limit: they are spread among the multiplications, and the product with the values
+sums the weights as well (attention_sm90_ptx.py). At head_dim 128, where tensor cores have no time left, lanes add p up,
+the first two times in bf16, two additions an instruction: that rounds four p to 2^-9 of their sum once or twice,
+independently for every four, and adds 1 to 3 % to the error, which the p themselves decide.
 
 Which program computes a row tile, and after which, never changes a bit of it: attention_sm90_tiles.py hands them out.
 
@@ -44,15 +45,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from jv5kernels.kernels.attention import LOG2_E, heads_together
+from jv5kernels.kernels.attention_sm90_ptx import write_ones
 from jv5kernels.kernels.attention_sm90_softmax import (
     ROWS,
     add_weights,
     exponentials,
+    finish,
     issue_output,
     issue_scores,
-    no_sums,
+    lane_sums,
+    no_output,
     online_pass,
-    row_sums,
     static_pass,
     weights,
 )
@@ -92,17 +95,17 @@ LIMIT = gl.constexpr(2.0**40)  # of a row's sum under the static offset
 
 @dataclass(frozen=True)
 class Config:
-    """Keys of a tile, stages of their ring, and whether weights are summed by products with ones or by lanes."""
+    """Keys of a tile, stages of their ring, and whether exponentials, not tensor cores, are the limit."""
 
     BN: int
     STAGES: int
-    SUM_BY_MMA: bool
+    EXP_BOUND: bool
 
 
 # head_dim -> configuration. Timed on an H200 and an H100 against cuDNN; bench/log_attention.md has what lost.
 CONFIGS = {
-    64: Config(BN=128, STAGES=4, SUM_BY_MMA=True),
-    128: Config(BN=64, STAGES=4, SUM_BY_MMA=False),
+    64: Config(BN=128, STAGES=4, EXP_BOUND=True),
+    128: Config(BN=64, STAGES=4, EXP_BOUND=False),
 }
 
 # Captured calls whose counter is made ahead, on a device: 28 layers in 146 graphs. Later ones fill theirs themselves.
@@ -123,10 +126,10 @@ def release(q_bars, slot):
 def consume(
     C: gl.constexpr, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
-    SUM_BY_MMA: gl.constexpr,
+    EXP_BOUND: gl.constexpr,
 ):  # fmt: skip
     """Computes 64 rows of every row tile of this program."""
-    q_smem, k_smem, v_smem = memory
+    q_smem, kv_smem = memory
     tiles, again = notes
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -159,7 +162,7 @@ def consume(
         if n > 0:
             b_q = q_smem.index(slot * CONSUMERS + C)
             mbarrier.wait(k_bars[0].index(stage), phase)
-            b_s = warpgroup_mma_wait(0, [issue_scores(b_q, k_smem.index(stage), D, BN)])
+            b_s = warpgroup_mma_wait(0, [issue_scores(b_q, kv_smem.index(stage), D, BN)])
             mbarrier.arrive(k_bars[1].index(stage))
             o_n = (n - 1) * BN + gl.arange(0, BN, gl.SliceLayout(0, s_layout))
             if IS_CAUSAL:
@@ -168,24 +171,26 @@ def consume(
             else:
                 b_s = gl.where((o_n < length)[None, :], b_s, float("-inf"))
             b_offset = gl.max(b_s, 1) * scale + gl.where(online != 0, 0.0, HEADROOM)
-            b_p = weights(exponentials(b_s, scale, b_offset), D, dtype)
+            b_e = exponentials(b_s, scale, b_offset, n, EXP_BOUND)
+            b_p = weights(b_e, D, dtype, EXP_BOUND)
             release(q_bars, leaving)
-            b_out = gl.zeros([ROWS, D], gl.float32, o_layout)
-            b_sum = no_sums(b_p, SUM_BY_MMA)
-            keys = (b_q, k_smem, v_smem, k_bars, v_bars)
+            b_out = no_output(D, EXP_BOUND)
+            b_sum = gl.zeros_like(lane_sums(b_p))
+            keys = (b_q, kv_smem, k_bars, v_bars)
             state = (b_p, b_out, b_sum, stage, phase)
             if online == 0:
-                state = static_pass(keys, state, n, scale, b_offset, D, BN, STAGES, SUM_BY_MMA)
+                state = static_pass(keys, state, n, scale, b_offset, D, BN, STAGES, EXP_BOUND)
             else:
-                state = online_pass(keys, state, n, scale, b_offset, D, BN, STAGES, SUM_BY_MMA)
+                state = online_pass(keys, state, n, scale, b_offset, D, BN, STAGES, EXP_BOUND)
             b_p, b_out, b_sum, stage, phase = state
-            b_sum = add_weights(b_sum, b_p, SUM_BY_MMA)
-            b_total = gl.convert_layout(row_sums(b_sum, SUM_BY_MMA), o_rows)
+            b_sum = add_weights(b_sum, b_p, EXP_BOUND)
             mbarrier.wait(v_bars[0].index(stage), phase)
-            b_out = issue_output(b_p, v_smem.index(stage), b_out, D, BN)
+            b_out = issue_output(b_p, kv_smem, stage, b_out, D, BN, STAGES, EXP_BOUND)
             b_out, b_p = warpgroup_mma_wait(0, [b_out, b_p])
             mbarrier.arrive(v_bars[1].index(stage))
             stage, phase = advance(stage, phase, STAGES)
+            b_out, b_total = finish(b_out, b_sum, D, EXP_BOUND)
+            b_total = gl.convert_layout(b_total, o_rows)
 
             if online == 0:
                 # False for NaN too. Rows past the end hold whatever follows the sequence, and do not count.
@@ -236,12 +241,13 @@ def attention_sm90_kernel(
     BN: gl.constexpr,
     STAGES: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
-    SUM_BY_MMA: gl.constexpr,
+    EXP_BOUND: gl.constexpr,
 ):
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [Q_SLOTS * CONSUMERS, ROWS, D], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], v_desc.layout)
+    # Keys of all stages, then values, then ones.
+    TILES: gl.constexpr = 2 * STAGES + EXP_BOUND
+    kv_smem = gl.allocate_shared_memory(dtype, [TILES, 1, 1, BN, D], k_desc.layout)
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tiles = gl.allocate_shared_memory(gl.int32, [Q_SLOTS * FIELDS, 1], word)
     again = gl.allocate_shared_memory(gl.int32, [Q_SLOTS * CONSUMERS, 1], word)
@@ -251,19 +257,21 @@ def attention_sm90_kernel(
     k_bars = ring(STAGES, CONSUMERS)
     v_bars = ring(STAGES, CONSUMERS)
     block_barrier()
+    if EXP_BOUND:
+        write_ones(kv_smem, 2 * STAGES)
     wait_for_the_kernel_before()
-    memory = (q_smem, k_smem, v_smem)
+    memory = (q_smem, kv_smem)
     notes = (tiles, again)
     descriptors = (q_desc, k_desc, v_desc)
     # These tuples stand inline: through a variable their constexprs would become tensors.
     gl.warp_specialize(
         [
             (consume, (0, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
-                       D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
+                       D, BN, STAGES, IS_CAUSAL, EXP_BOUND)),
             (consume, (1, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
-                       D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
+                       D, BN, STAGES, IS_CAUSAL, EXP_BOUND)),
             (consume, (2, out_desc, scale, memory, notes, q_bars, k_bars, v_bars,
-                       D, BN, STAGES, IS_CAUSAL, SUM_BY_MMA)),
+                       D, BN, STAGES, IS_CAUSAL, EXP_BOUND)),
             (produce, (descriptors, cu_seqlens, counter, memory, notes, q_bars, k_bars, v_bars,
                        slots, B, section, total, D, BN, STAGES, GROUP, IS_CAUSAL)),
         ],
@@ -321,7 +329,7 @@ def launch_attention_sm90(
         programs,
         (cu_seqlens, tile_counter(q.device)),
         (softmax_scale * LOG2_E, slots, B, section, slots * HQ),
-        (HQ // HKV, D, config.BN, config.STAGES, causal, config.SUM_BY_MMA),
+        (HQ // HKV, D, config.BN, config.STAGES, causal, config.EXP_BOUND),
         OPTIONS,
         (
             row_descriptor(q, ROWS.value),

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from jv5kernels.kernels.attention_sm90_ptx import (
+    issue_output_and_sums,
+    output_and_sums,
+    spread_exponentials,
+)
 from jv5kernels.kernels.hopper import advance, left_and_right
 
 ROWS = gl.constexpr(64)  # of one consumer, the height of a wgmma
@@ -32,23 +36,45 @@ def issue_scores(b_q, b_k, D: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def issue_output(b_p, b_v, b_out, D: gl.constexpr, BN: gl.constexpr):
-    """b_out + p · v, in flight: [64, D]."""
-    return warpgroup_mma(b_p, b_v.reshape([BN, D]), b_out, is_async=True)
+def exponentials(b_s, scale, b_offset, n, EXP_BOUND: gl.constexpr):
+    """2^(score · scale - offset), [64, BN] fp32; n > 0."""
+    if EXP_BOUND:
+        return spread_exponentials(b_s, scale, b_offset, n)
+    else:
+        return gl.exp2(b_s * scale - b_offset[:, None])
 
 
 @gluon.jit
-def exponentials(b_s, scale, b_offset):
-    """2^(score - offset), [64, BN] fp32."""
-    return gl.exp2(b_s * scale - b_offset[:, None])
-
-
-@gluon.jit
-def weights(b_e, D: gl.constexpr, dtype: gl.constexpr):
+def weights(b_e, D: gl.constexpr, dtype: gl.constexpr, EXP_BOUND: gl.constexpr):
     """The exponentials rounded to bf16, as the left operand of the product with v."""
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    return gl.convert_layout(b_e.to(dtype), p_layout, assert_trivial=True)
+    b_p = b_e.to(dtype)
+    if EXP_BOUND:
+        return b_p
+    else:
+        o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+        p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+        return gl.convert_layout(b_p, p_layout, assert_trivial=True)
+
+
+@gluon.jit
+def no_output(D: gl.constexpr, EXP_BOUND: gl.constexpr):
+    """Zeros to which issue_output can add: [64, D], or [64, 2 * D] where the row sums are among them."""
+    WIDTH: gl.constexpr = 2 * D if EXP_BOUND else D
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    return gl.zeros([ROWS, WIDTH], gl.float32, layout)
+
+
+@gluon.jit
+def issue_output(
+    b_p, kv_smem, stage, b_out,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, EXP_BOUND: gl.constexpr,
+):  # fmt: skip
+    """b_out + p · v, in flight."""
+    if EXP_BOUND:
+        return issue_output_and_sums(b_p, stage, b_out, D, STAGES)
+    else:
+        b_v = kv_smem.index(STAGES + stage).reshape([BN, D])
+        return warpgroup_mma(b_p, b_v, b_out, is_async=True)
 
 
 @gluon.jit
@@ -71,85 +97,76 @@ def lane_sums(b_p):
 
 
 @gluon.jit
-def no_sums(b_p, SUM_BY_MMA: gl.constexpr):
-    """Zeros to which add_weights can add the weights of key tiles."""
-    if SUM_BY_MMA:
-        return gl.zeros([ROWS, 8], gl.float32, gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
-    else:
-        return gl.zeros_like(lane_sums(b_p))
+def add_weights(b_sum, b_p, EXP_BOUND: gl.constexpr):
+    """b_sum plus what lanes have of the weights of a key tile, if the product with v does not sum them."""
+    return b_sum if EXP_BOUND else b_sum + lane_sums(b_p)
 
 
 @gluon.jit
-def add_weights(b_sum, b_p, SUM_BY_MMA: gl.constexpr):
-    """b_sum plus the weights [64, BN] of a key tile: their row sums in each of 8 columns, or a lane's share in 4."""
-    if SUM_BY_MMA:
-        layout: gl.constexpr = b_sum.type.layout
-        b_ones = gl.full([b_p.shape[1], 8], 1.0, b_p.dtype, gl.DotOperandLayout(1, layout, 2))
-        p_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-        return mma_v2(gl.convert_layout(b_p, p_layout, assert_trivial=True), b_ones, b_sum)
+def finish(b_out, b_sum, D: gl.constexpr, EXP_BOUND: gl.constexpr):
+    """The output [64, D] before it is divided, and the row sums [64] to divide it by."""
+    if EXP_BOUND:
+        return output_and_sums(b_out, D)
     else:
-        return b_sum + lane_sums(b_p)
-
-
-@gluon.jit
-def row_sums(b_sum, SUM_BY_MMA: gl.constexpr):
-    """[64] of what add_weights has added up."""
-    return gl.max(b_sum, 1) if SUM_BY_MMA else gl.sum(b_sum, 1)
+        return b_out, gl.sum(b_sum, 1)
 
 
 @gluon.jit
 def static_pass(
     keys, state, n, scale, b_offset,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SUM_BY_MMA: gl.constexpr,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, EXP_BOUND: gl.constexpr,
 ):  # fmt: skip
     """p = 2^(score - offset) under the offset of the first tile; the exponentials run beside p·v of the tile before."""
-    b_q, k_smem, v_smem, k_bars, v_bars = keys
+    b_q, kv_smem, k_bars, v_bars = keys
     b_p, b_out, b_sum, stage, phase = state
+    if n > 1:
+        k_stage, k_phase = advance(stage, phase, STAGES)
+        mbarrier.wait(k_bars[0].index(k_stage), k_phase)
     for i in range(n - 1):
         v_stage = stage
         v_phase = phase
         stage, phase = advance(stage, phase, STAGES)
-        mbarrier.wait(k_bars[0].index(stage), phase)
-        b_s = issue_scores(b_q, k_smem.index(stage), D, BN)
-        b_sum = add_weights(b_sum, b_p, SUM_BY_MMA)
+        b_s = issue_scores(b_q, kv_smem.index(stage), D, BN)
+        b_sum = add_weights(b_sum, b_p, EXP_BOUND)
         mbarrier.wait(v_bars[0].index(v_stage), v_phase)
-        b_out = issue_output(b_p, v_smem.index(v_stage), b_out, D, BN)
+        b_out = issue_output(b_p, kv_smem, v_stage, b_out, D, BN, STAGES, EXP_BOUND)
         b_s = warpgroup_mma_wait(1, [b_s])
         mbarrier.arrive(k_bars[1].index(stage))
-        b_e = exponentials(b_s, scale, b_offset)
-        # Keeps ptxas from moving the next wait above the exponentials.
+        b_e = exponentials(b_s, scale, b_offset, n, EXP_BOUND)
+        # For the next step, and it keeps ptxas from moving the next wait above the exponentials.
         k_stage, k_phase = advance(stage, phase, STAGES)
         mbarrier.wait(k_bars[0].index(k_stage), k_phase, pred=i < n - 2)
         b_out, b_p = warpgroup_mma_wait(0, [b_out, b_p])
         mbarrier.arrive(v_bars[1].index(v_stage))
-        b_p = weights(b_e, D, b_p.dtype)
+        b_p = weights(b_e, D, b_p.dtype, EXP_BOUND)
     return b_p, b_out, b_sum, stage, phase
 
 
 @gluon.jit
 def online_pass(
     keys, state, n, scale, b_offset,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SUM_BY_MMA: gl.constexpr,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, EXP_BOUND: gl.constexpr,
 ):  # fmt: skip
     """The same with a running maximum as offset: for rows whose scores lie too far apart. Rare, so plain."""
-    b_q, k_smem, v_smem, k_bars, v_bars = keys
+    b_q, kv_smem, k_bars, v_bars = keys
     b_p, b_out, b_sum, stage, phase = state
     o_rows: gl.constexpr = gl.SliceLayout(1, b_out.type.layout)
     l_rows: gl.constexpr = gl.SliceLayout(1, b_sum.type.layout)
     for _ in range(n - 1):
-        b_sum = add_weights(b_sum, b_p, SUM_BY_MMA)
+        b_sum = add_weights(b_sum, b_p, EXP_BOUND)
         mbarrier.wait(v_bars[0].index(stage), phase)
-        b_out = issue_output(b_p, v_smem.index(stage), b_out, D, BN)
+        b_out = issue_output(b_p, kv_smem, stage, b_out, D, BN, STAGES, EXP_BOUND)
         b_out, b_p = warpgroup_mma_wait(0, [b_out, b_p])
         mbarrier.arrive(v_bars[1].index(stage))
         stage, phase = advance(stage, phase, STAGES)
         mbarrier.wait(k_bars[0].index(stage), phase)
-        b_s = warpgroup_mma_wait(0, [issue_scores(b_q, k_smem.index(stage), D, BN)])
+        b_s = warpgroup_mma_wait(0, [issue_scores(b_q, kv_smem.index(stage), D, BN)])
         mbarrier.arrive(k_bars[1].index(stage))
         b_new = gl.maximum(b_offset, gl.max(b_s, 1) * scale)
         b_decay = gl.exp2(b_offset - b_new)
         b_offset = b_new
-        b_p = weights(exponentials(b_s, scale, b_offset), D, b_p.dtype)
+        b_e = exponentials(b_s, scale, b_offset, n, EXP_BOUND)
+        b_p = weights(b_e, D, b_p.dtype, EXP_BOUND)
         b_sum = b_sum * gl.convert_layout(b_decay, l_rows)[:, None]
         b_out = b_out * gl.convert_layout(b_decay, o_rows)[:, None]
     return b_p, b_out, b_sum, stage, phase

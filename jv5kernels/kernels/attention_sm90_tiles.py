@@ -85,7 +85,7 @@ def produce(
 ):  # fmt: skip
     """Feeds the consumers row tile by row tile, and ends with one whose end row is negative."""
     q_desc, k_desc, v_desc = descriptors
-    q_smem, k_smem, v_smem = memory
+    q_smem, kv_smem = memory
     tiles, again = notes
     BM: gl.constexpr = ROWS * CONSUMERS
     tile = gl.program_id(0)
@@ -152,9 +152,9 @@ def produce(
             where = [RAGGED_END, begin + length, row, i_h // GROUP * D]
             mbarrier.wait(k_bars[1].index(stage), phase ^ 1)
             mbarrier.expect(k_bars[0].index(stage), BN * D * 2)
-            load_tile(k_desc, where, k_bars[0].index(stage), k_smem.index(stage))
+            load_tile(k_desc, where, k_bars[0].index(stage), kv_smem.index(stage))
             mbarrier.wait(v_bars[1].index(stage), phase ^ 1)
             mbarrier.expect(v_bars[0].index(stage), BN * D * 2)
-            load_tile(v_desc, where, v_bars[0].index(stage), v_smem.index(stage))
+            load_tile(v_desc, where, v_bars[0].index(stage), kv_smem.index(STAGES + stage))
             stage, phase = advance(stage, phase, STAGES)
         slot, slot_phase = advance(slot, slot_phase, Q_SLOTS)
