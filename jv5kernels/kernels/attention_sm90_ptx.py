@@ -20,23 +20,24 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from jv5kernels.kernels.hopper import block_barrier, left_and_right
 
-CHUNK = 8
+# Kernels in Triton's cache go by these, as functions under jit name them.
+CHUNK = gl.constexpr(8)
 # Columns of ones: the fewest that a wgmma can have more.
 SUM_COLUMNS = gl.constexpr(8)
 
 
 @gluon.constexpr_function
-def exponentials_text(count):
+def exponentials_text(count, chunk):
     """Operands: `count` results, scores, scales, offsets, and as often one number, n > 0.
 
     A block begins where a jump back would land that is never taken. The event is there because ptxas drops a loop that
     does nothing.
     """
     text = f"{{ .reg .pred never; .reg .f32 c, x<{count}>;\nsetp.lt.s32 never, ${4 * count}, 1;\n"
-    for i in range(-CHUNK, count):
-        if i >= 0 and i % CHUNK == 0:
+    for i in range(-chunk, count):
+        if i >= 0 and i % chunk == 0:
             text += f"BLOCK{i}: pmevent 0;\n@never bra BLOCK{i};\n"
-        ahead = i + CHUNK
+        ahead = i + chunk
         if ahead < count:
             score, scale, offset = (f"${k * count + ahead}" for k in (1, 2, 3))
             text += f"neg.f32 c, {offset}; fma.rn.f32 x{ahead}, {score}, {scale}, c;\n"
@@ -54,21 +55,21 @@ def exponentials_operands(count):
 def spread_exponentials(b_s, scale, b_offset, n):
     """2^(score · scale - offset), [64, BN] fp32; n is any number above 0 that the compiler does not know."""
     COUNT: gl.constexpr = b_s.shape[0] * b_s.shape[1] // 128
-    text: gl.constexpr = exponentials_text(COUNT)
+    text: gl.constexpr = exponentials_text(COUNT, CHUNK)
     operands: gl.constexpr = exponentials_operands(COUNT)
     arguments = [b_s, scale, b_offset[:, None], n]
     return gl.inline_asm_elementwise(text, operands, arguments, gl.float32, False, COUNT)
 
 
 @gluon.constexpr_function
-def product_text(D):
+def product_text(D, sum_columns):
     """Operands: D accumulators, twice, D / 2 registers with two weights, lower words of the descriptor (all the same).
 
     A descriptor names a tile of 16 keys: its address, the distance from its 64 columns to the next (here: to the ones),
     that from 8 keys to the next (1024 bytes), and the swizzle of 128 bytes. Addresses are in units of 16 bytes.
     """
-    accumulator = ", ".join(f"${i}" for i in range((D + SUM_COLUMNS.value) // 2))
-    kind = f"m64n{D + SUM_COLUMNS.value}k16.f32.bf16.bf16"
+    accumulator = ", ".join(f"${i}" for i in range((D + sum_columns) // 2))
+    kind = f"m64n{D + sum_columns}k16.f32.bf16.bf16"
     text = "{ .reg .pred add; .reg .b64 tile;\nsetp.eq.u32 add, 0, 0;\n"
     text += f"mov.b64 tile, {{${2 * D + D // 2}, 0x40000040}};\nwgmma.fence.sync.aligned;\n"
     for k in range(2 * D // 16):
@@ -96,7 +97,7 @@ def issue_output_and_sums(b_p, stage, b_both, D: gl.constexpr, STAGES: gl.conste
     gl.static_assert(D == 64, "the swizzle of 128 bytes is a row of values")
     begin = gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], gl.int32, True, 1)
     lower = (begin >> 4) + (STAGES + stage) * TILE | (STAGES - stage) * TILE << 16
-    text: gl.constexpr = product_text(D)
+    text: gl.constexpr = product_text(D, SUM_COLUMNS)
     operands: gl.constexpr = product_operands(D)
     return gl.inline_asm_elementwise(text, operands, [b_both, b_p, lower], gl.float32, False, D)
 

@@ -1,8 +1,8 @@
 """The softmax passes of attention on Hopper: what one consumer warpgroup does with the key tiles after the first.
 
 A pass walks over n - 1 key tiles. It is given, and gives back, the weights p of the tile before, the output and the
-row sums without them (their product with values is still to come, and so is their sum: it is taken while the next
-scores are computed), and the place in the ring of key and value tiles.
+row sums without them (their product with values is still to come, and so is their sum, by that product or by lanes
+while the next scores are computed), and the place in the ring of key and value tiles.
 """
 
 from __future__ import annotations
