@@ -85,7 +85,7 @@ def test_buckets_hold_what_they_say():
         assert bucket_for(bucket.tokens, bucket.sequences) == bucket
 
 
-@settings(max_examples=15)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(1, 90), min_size=1, max_size=8),
     st.sampled_from(["lasttoken", "mean", "cls"]),
