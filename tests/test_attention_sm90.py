@@ -60,6 +60,7 @@ def test_machine_code():
             check_static_loop(body, case.constants["D"], case.constants["BN"])
             if case.constants["EXP_BOUND"]:
                 check_spread(body)
+                check_sums(body)
         if case.constants["EXP_BOUND"]:
             check_ring_comes_first(report.ptx)
 
@@ -92,15 +93,20 @@ def check_spread(body: list[str]) -> None:
         run = run + 1 if "FFMA" in instruction else run * ("MUFU" not in instruction)
         longest = max(longest, run)
     assert longest <= 16, f"{longest} multiplications without an exponential between"
+
+
+def check_sums(body: list[str]) -> None:
+    """Row sums are a ninth block of columns of p·v, and take no other instruction."""
     sums = [text for text in body if "HGMMA.64x72x16" in text]
-    assert len(sums) == 8, "row sums are a ninth block of columns of p·v"
+    assert len(sums) == 8
+    assert not holds(body, "HMMA") and not holds(body, "FADD") and not holds(body, "HADD2")
 
 
 def check_ring_comes_first(ptx: str) -> None:
     """The product with ones reads its tiles at the distance from where shared memory begins: keys of stage 0."""
     place = re.search(r"bulk\.tensor\.4d\.shared\S*complete_tx::bytes \[(%r\d+)\]", ptx)[1]
-    begin = re.search(rf"add\.s32 \t{place}, (%r\d+), %r\d+;", ptx)[1]
-    assert f"mov.b32 \t{begin}, global_smem;" in ptx
+    begin = re.search(rf"add\.s32 \t{place}, (%r\d+), %r\d+;", ptx)
+    assert begin and f"mov.b32 \t{begin[1]}, global_smem;" in ptx, "another buffer comes first"
 
 
 def test_refusals_give_reasons():

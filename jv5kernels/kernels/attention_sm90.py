@@ -53,8 +53,8 @@ from jv5kernels.kernels.attention_sm90_softmax import (
     finish,
     issue_output,
     issue_scores,
-    lane_sums,
     no_output,
+    no_sums,
     online_pass,
     static_pass,
     weights,
@@ -175,7 +175,7 @@ def consume(
             b_p = weights(b_e, D, dtype, EXP_BOUND)
             release(q_bars, leaving)
             b_out = no_output(D, EXP_BOUND)
-            b_sum = gl.zeros_like(lane_sums(b_p))
+            b_sum = no_sums(b_p)
             keys = (b_q, kv_smem, k_bars, v_bars)
             state = (b_p, b_out, b_sum, stage, phase)
             if online == 0:

@@ -20,10 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from jv5kernels.kernels.hopper import block_barrier, left_and_right
 
-# Kernels in Triton's cache go by these, as functions under jit name them.
-CHUNK = gl.constexpr(8)
-# Columns of ones: the fewest that a wgmma can have more.
-SUM_COLUMNS = gl.constexpr(8)
+# Both reach the texts as arguments of functions under jit: Triton's cache of kernels goes by what those name, not by
+# plain numbers that a text reads.
+CHUNK = gl.constexpr(8)  # exponentials of a lane in a block
+SUM_COLUMNS = gl.constexpr(8)  # of ones: the fewest that a wgmma can have more
 
 
 @gluon.constexpr_function
@@ -119,12 +119,12 @@ def write_ones(kv_smem, last: gl.constexpr):
 
     Triton puts the largest buffer where shared memory begins; nothing else says so.
     """
-    b_shape: gl.constexpr = kv_smem.index(last).shape
+    SHAPE: gl.constexpr = kv_smem.index(last).shape
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 8], [1, 1, 4, 8], [1, 1, 4, 1], [3, 2, 1, 0])
-    kv_smem.index(last).store(gl.full(b_shape, 1.0, kv_smem.dtype, layout))
+    kv_smem.index(last).store(gl.full(SHAPE, 1.0, kv_smem.dtype, layout))
     fence_async_shared()
     block_barrier()
-    BYTES: gl.constexpr = b_shape[2] * b_shape[3] * 2
+    BYTES: gl.constexpr = SHAPE[2] * SHAPE[3] * 2
     check: gl.constexpr = """{ .reg .pred wrong; .reg .b32 word, place;
         mov.u32 place, global_smem; add.u32 place, place, $1; ld.shared.b32 word, [place];
         setp.ne.u32 wrong, word, 0x3F803F80; @wrong trap; mov.u32 $0, word; }"""

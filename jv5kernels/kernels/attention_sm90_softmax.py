@@ -97,6 +97,12 @@ def lane_sums(b_p):
 
 
 @gluon.jit
+def no_sums(b_p):
+    """Zeros to which add_weights can add; where it adds nothing, they stay zero and take no registers."""
+    return gl.zeros_like(lane_sums(b_p))
+
+
+@gluon.jit
 def add_weights(b_sum, b_p, EXP_BOUND: gl.constexpr):
     """b_sum plus what lanes have of the weights of a key tile, if the product with v does not sum them."""
     return b_sum if EXP_BOUND else b_sum + lane_sums(b_p)
